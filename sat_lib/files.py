@@ -1,0 +1,148 @@
+"""Files that are either whole or absent: atomic writes, rows as JSON lines, digests, locks."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout: notebooks, data, figures, runs lie here
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`; on success it replaces `path`, on any failure it is removed.
+
+    The data are on disk (fsync) before the name changes, so a reader sees the earlier file or the new one, whole.
+
+    Raises:
+        OSError: the disk is full or the folder not writable; the message says that `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        state = "the earlier file is unchanged" if path.exists() else "nothing was left behind"
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"could not write {path}: {reason}; {state}. Free some space and run again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write(path: str | Path, data: str | bytes) -> None:
+    """Write a whole file atomically (text as UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity raise: they aren't JSON."""
+    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def append_row(path: str | Path, row: dict) -> None:
+    """Append one JSON line and flush it to disk. A line that a killed process left half-written is cut off first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a JSON-lines file, oldest first; an absent file has none, an unfinished last line doesn't count.
+
+    Raises:
+        InputError: a finished line is not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not a JSON row ({error.msg}). Mend or delete that line") from error
+    return rows
+
+
+def digest(value) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON-serialisable value; keys in any order give the same digest."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """Hex digest of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def source_files(*modules: str) -> list[Path]:
+    """The package's source files that the named modules (`"train"`, ...) are made of, imports followed."""
+    package, found, queue = Path(__file__).parent, set(), list(modules)
+    while queue:
+        path = package / f"{queue.pop()}.py"
+        if path in found:
+            continue
+        if not path.exists():
+            raise InputError(f"sat_lib has no module {path.stem!r}")
+        found.add(path)
+        text = path.read_text()
+        for line in re.findall(r"^\s*from \. import ([\w, ]+)", text, re.MULTILINE):
+            queue += [name.split()[0] for name in line.split(",") if (package / f"{name.split()[0]}.py").exists()]
+        queue += re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)
+    return sorted(found)
+
+
+def source_digest(*modules: str) -> str:
+    """Digest of the source text behind the named modules: it changes when any file they import changes."""
+    return digest({path.name: file_digest(path) for path in source_files(*modules)})
+
+
+@contextlib.contextmanager
+def lock(path: str | Path, purpose: str) -> Iterator[None]:
+    """Hold an exclusive lock for the length of a block. The system drops it when the process dies, however it dies.
+
+    Raises:
+        InputError: another living process holds it.
+    """
+    import fcntl
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{purpose} is already running ({path} is locked). Wait for it or stop it") from error
+        yield
