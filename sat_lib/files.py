@@ -36,8 +36,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         state = "the earlier file is unchanged" if path.exists() else "nothing was left behind"
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"could not write {path}: {reason}; {state}. Free some space and run again") from error
+        message = f"could not write {path}: {error.strerror or error}; {state}. Free some space and run again"
+        raise OSError(error.errno, message) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ def read_rows(path: str | Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not a JSON row ({error.msg}). Mend or delete that line") from error
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}). Mend or delete that line") from error
     return rows
 
 

@@ -1,0 +1,258 @@
+"""The specification: block-sparse attention and the dense phase's statistics in plain PyTorch.
+
+Any device, any floating dtype, gradients by autograd, work and memory proportional to the kept blocks. Axes: B batch,
+H heads, L positions, D head size, b block side, T kept blocks over all heads (a layout that heads share counts H
+times). The values of a sparse map are (B, T, b, b), head by head, and within a head in the order of the layout's row
+lists. Source: SPEC sections 1 to 4 of the SAT paper (doi 10.1109/ACCESS.2024.3425638), equation of the sparse softmax
+as in the authors' released kernels.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import require
+from .layout import BlockLayout
+
+PRUNED_RULES = ("zero", "drop")
+
+
+class _Index(NamedTuple):
+    """Where the kept blocks of all H heads stand among the H * R block rows and H * C block columns."""
+
+    rows: Tensor  # (T,) int64
+    columns: Tensor  # (T,) int64
+    kept_keys: Tensor  # (H * R,) int64: keys that each query of a block row keeps, n_i
+
+
+@lru_cache(maxsize=64)
+def _index(layout: BlockLayout, heads: int, keys: int) -> _Index:
+    patterns = layout.grid.reshape(-1, layout.rows, layout.columns).expand(heads, -1, -1)
+    head, row, column = patterns.nonzero().unbind(1)
+    sizes = torch.full((layout.columns,), layout.block, device=layout.device)
+    sizes[-1] = keys - (layout.columns - 1) * layout.block
+    kept_keys = (patterns * sizes).sum(-1).reshape(-1)
+    return _Index(head * layout.rows + row, head * layout.columns + column, kept_keys)
+
+
+def _to_blocks(x: Tensor, block: int) -> Tensor:
+    """(B, H, L, D) -> (B, H * ceil(L / block), block, D), zeros after the end."""
+    batch, _, length, size = x.shape
+    padded = F.pad(x, (0, 0, 0, -length % block))
+    return padded.reshape(batch, -1, block, size)
+
+
+def _from_blocks(blocks: Tensor, heads: int, length: int) -> Tensor:
+    """(B, H * R, block, D) -> (B, H, L, D), what lies after the end cut off."""
+    batch, _, _, size = blocks.shape
+    return blocks.reshape(batch, heads, -1, size)[:, :, :length]
+
+
+def sddmm(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None = None) -> Tensor:
+    """Sampled dense-dense matrix product: raw scores `S^r` = scale * Q K^T of the kept blocks only.
+
+    Args:
+        q: (B, H, Lq, D), k: (B, H, Lk, D), same dtype and device as the layout's device.
+        scale: 1 / sqrt(D) if None.
+
+    Returns:
+        (B, T, b, b). Entries of queries or keys beyond the end are 0.
+    """
+    index = _index(layout, q.shape[1], k.shape[2])
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rows = _to_blocks(q * scale, layout.block).index_select(1, index.rows)
+    columns = _to_blocks(k, layout.block).index_select(1, index.columns)
+    return rows @ columns.transpose(-1, -2)
+
+
+def sparse_softmax(
+    scores: Tensor,
+    layout: BlockLayout,
+    heads: int,
+    keys: int,
+    key_padding_mask: Tensor | None = None,
+    pruned: str = "zero",
+) -> Tensor:
+    """Sparse attention map `S^s`: a softmax over the kept keys of every query.
+
+    `pruned="zero"` (released, SAT's default) leaves the pruned keys in the denominator with raw score 0:
+    p_ij = exp(s_ij) / (sum over kept j of exp(s_ij) + (Lk - n_i)), n_i the kept keys of row i, padding included.
+    `pruned="drop"` normalises over the kept keys alone. Padding keys weigh 0 under both rules (the released code
+    gives them -1e6, which comes to the same); a row without any key to attend to is 0, with zero gradients.
+
+    Args:
+        scores: (B, T, b, b) from `sddmm`.
+        heads, keys: H and Lk, which the values alone don't tell.
+        key_padding_mask: (B, Lk) bool, True for real tokens.
+
+    Returns:
+        (B, T, b, b), scores' dtype.
+    """
+    index = _index(layout, heads, keys)
+    allowed = _allowed_keys(layout, heads, keys, key_padding_mask, scores.device)  # (B or 1, H * C, 1, b)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = wide.masked_fill(~allowed.index_select(1, index.columns), -torch.inf)
+    pruned_keys = (keys - index.kept_keys).to(wide.dtype)[None, :, None]  # (1, H * R, 1)
+
+    peaks = wide.detach().amax(-1)  # (B, T, b)
+    highest = peaks.new_full((len(peaks), heads * layout.rows, layout.block), -torch.inf)
+    highest.scatter_reduce_(1, index.rows[None, :, None].expand_as(peaks), peaks, "amax")
+    if pruned == "zero":
+        highest = torch.where(pruned_keys > 0, highest.clamp(min=0), highest)
+    highest = highest.masked_fill(highest == -torch.inf, 0)  # a row without keys: exp(-inf - 0) = 0
+
+    weights = (wide - highest.index_select(1, index.rows)[..., None]).exp()
+    total = torch.zeros_like(highest).index_add(1, index.rows, weights.sum(-1))
+    if pruned == "zero":
+        total = total + pruned_keys * (-highest).exp()
+    total = total.masked_fill(total == 0, 1)
+    return (weights / total.index_select(1, index.rows)[..., None]).to(scores.dtype)
+
+
+def _allowed_keys(layout, heads, keys, key_padding_mask, device) -> Tensor:
+    """(B or 1, H * C, 1, b) bool: the key exists and is a real token."""
+    mask = torch.ones(1, keys, dtype=torch.bool, device=device) if key_padding_mask is None else key_padding_mask
+    mask = F.pad(mask, (0, -keys % layout.block))
+    return mask.reshape(len(mask), 1, layout.columns, 1, layout.block).expand(-1, heads, -1, -1, -1).flatten(1, 2)
+
+
+def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tensor:
+    """Sparse-dense matrix product: `S^s` V, block rows without a block giving 0.
+
+    Args:
+        weights: (B, T, b, b) from `sparse_softmax`.
+        v: (B, H, Lk, D).
+        queries: Lq.
+
+    Returns:
+        (B, H, Lq, D).
+    """
+    heads, keys = v.shape[1:3]
+    index = _index(layout, heads, keys)
+    products = weights @ _to_blocks(v, layout.block).index_select(1, index.columns)  # (B, T, b, D)
+    out = products.new_zeros(len(v), heads * layout.rows, layout.block, v.shape[-1])
+    return _from_blocks(out.index_add(1, index.rows, products), heads, queries)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    key_padding_mask: Tensor | None = None,
+    pruned: str = "zero",
+    scale: float | None = None,
+) -> Tensor:
+    """SAT's sparse attention: SDDMM, sparse softmax, SpMM.
+
+    Args:
+        q: (B, H, Lq, D), k and v: (B, H, Lk, D), one dtype, on the layout's device.
+        layout: kept blocks of the Lq x Lk map, shared by the heads or one pattern per head.
+        key_padding_mask: (B, Lk) bool, True for real tokens; None where there is no padding.
+        pruned: "zero" or "drop", see `sparse_softmax`.
+        scale: factor of the raw scores, 1 / sqrt(D) if None.
+
+    Returns:
+        (B, H, Lq, D), q's dtype.
+
+    Raises:
+        InputError: shapes, dtypes, devices, the layout or the rule don't fit together.
+    """
+    check_attention_inputs(q, k, v, key_padding_mask)
+    require(pruned in PRUNED_RULES, f"pruned: wanted one of {PRUNED_RULES}; got {pruned!r}")
+    require(layout.device == q.device, f"layout: wanted it on {q.device}; it is on {layout.device}. Use layout.to(...)")
+    layout.check(q.shape[1], q.shape[2], k.shape[2])
+    with torch.autocast(q.device.type, enabled=False):  # the products keep q's dtype, the softmax is float32 or wider
+        scores = sddmm(q, k, layout, scale)
+        weights = sparse_softmax(scores, layout, q.shape[1], k.shape[2], key_padding_mask, pruned)
+        return spmm(weights, v, layout, q.shape[2])
+
+
+def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+    """Raise InputError unless q (B, H, Lq, D), k, v (B, H, Lk, D) and the mask (B, Lk) bool fit together."""
+    shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
+    fits = all(len(shape) == 4 for shape in shapes.values()) and (
+        q.shape[:2] == k.shape[:2] and k.shape == v.shape and q.shape[3] == k.shape[3] and q.numel() and k.numel()
+    )
+    require(fits, f"q, k, v: wanted (B, H, Lq, D) and twice (B, H, Lk, D), none of them 0; got {shapes}")
+    same = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    require(
+        same and q.is_floating_point(),
+        f"q, k, v: wanted one floating dtype on one device; got {q.dtype} {k.dtype} {v.dtype} on "
+        f"{q.device} {k.device} {v.device}",
+    )
+    if key_padding_mask is not None:
+        wanted = (q.shape[0], k.shape[2])
+        require(
+            key_padding_mask.dtype == torch.bool
+            and key_padding_mask.shape == wanted
+            and key_padding_mask.device == q.device,
+            f"key_padding_mask: wanted bool {wanted} on {q.device}, True for real tokens; got "
+            f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)} on {key_padding_mask.device}",
+        )
+
+
+class AttentionStatistics(NamedTuple):
+    """What the dense phase looks at, of one layer. Means over batch and heads, without gradient, float32 or wider."""
+
+    mean_map: Tensor  # (Lq, Lk), mean of A^s
+    pooled: Tensor  # (R, C), its average over blocks
+
+
+@torch.no_grad()
+def attention_statistics(
+    q: Tensor, k: Tensor, block: int, *, key_padding_mask: Tensor | None = None, scale: float | None = None
+) -> AttentionStatistics:
+    """The batch-and-head mean of the attention map `A^s` and its block means, a few examples at a time.
+
+    Memory stays at about 64 MiB of scores beside the (Lq, Lk) mean, whatever the batch. Entries of a partial last
+    block are averaged over those that exist. A query with no real key counts as a row of zeros.
+
+    Args:
+        q: (B, H, Lq, D), k: (B, H, Lk, D), key_padding_mask (B, Lk) bool as for attention; block: side of the blocks.
+    """
+    check_attention_inputs(q, k, k, key_padding_mask)
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2]
+    scale = 1 / math.sqrt(size) if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    total = torch.zeros(queries, keys, dtype=wide, device=q.device)
+    chunk = max(1, 2**24 // (heads * queries * keys))
+    for start in range(0, batch, chunk):
+        part = slice(start, start + chunk)
+        scores = (q[part] * scale) @ k[part].transpose(-1, -2)
+        if key_padding_mask is not None:
+            scores = scores.masked_fill(~key_padding_mask[part, None, None], -torch.inf)
+        attention = scores.softmax(-1, dtype=wide)
+        if key_padding_mask is not None:
+            attention = attention.nan_to_num(nan=0.0)
+        total += attention.sum((0, 1))
+    mean_map = total / (batch * heads)
+    return AttentionStatistics(mean_map, pool_blocks(mean_map, block))
+
+
+@torch.no_grad()
+def sparse_statistics(
+    q: Tensor, k: Tensor, layout: BlockLayout, *, key_padding_mask: Tensor | None = None, pruned: str = "zero"
+) -> AttentionStatistics:
+    """The same two means of the sparse attention map `S^s`, pruned entries counted as 0."""
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        weights = sparse_softmax(sddmm(q, k, layout), layout, heads, keys, key_padding_mask, pruned)
+    index = _index(layout, heads, keys)
+    rows, columns = index.rows % layout.rows, index.columns % layout.columns
+    blocks = weights.to(torch.promote_types(q.dtype, torch.float32)).mean(0) / heads  # (T, b, b)
+    grid = blocks.new_zeros(layout.rows, layout.columns, layout.block, layout.block)
+    grid.index_put_((rows, columns), blocks, accumulate=True)
+    mean_map = grid.transpose(1, 2).flatten(2).flatten(0, 1)[:queries, :keys]
+    return AttentionStatistics(mean_map, pool_blocks(mean_map, layout.block))
+
+
+def pool_blocks(mean_map: Tensor, block: int) -> Tensor:
+    """(Lq, Lk) -> (R, C) block means; a partial last block is averaged over the entries it has."""
+    return F.avg_pool2d(mean_map[None, None], block, ceil_mode=True)[0, 0]

@@ -1,0 +1,225 @@
+"""A training run and its folder: fit to the end or resume, checkpoints, metrics, the result.
+
+    config.json      the configuration          metrics.jsonl   a line per step or evaluation
+    last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
+    result.json      written last: the run is finished
+"""
+
+import io
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import files, timing
+from .datasets import Splits
+from .errors import InputError, require
+from .layout import BlockLayout
+from .model import Encoder
+from .recipes import RunConfig, config_from_dict
+from .train import Trainer, batch_indices, check_same_config
+
+CHECKPOINT_SECONDS = 30
+SPARSE_LOOK_EVERY = 20  # steps between looks at the loss where nothing else needs it: each look waits for the GPU
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; nonfinite.json in the run's folder has the step and the batch's indices."""
+
+
+def fit(
+    config: RunConfig,
+    data: Splits,
+    folder: Path,
+    device: torch.device,
+    *,
+    progress: bool = True,
+    stop_at: int | None = None,
+) -> dict | None:
+    """Train to the end, or go on where an earlier process stopped; a finished run is read, not repeated.
+
+    Args:
+        folder: the run's own folder, made if need be. stop_at: save and return None at this step.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        InputError: the folder holds another configuration, or another process trains in it.
+        NonFiniteLoss: see there; the last checkpoint is from before.
+        OSError: a checkpoint could not be written; the one before is whole.
+    """
+    folder = Path(folder)
+    with files.lock(folder / "lock", f"training in {folder}"):
+        if (folder / "config.json").exists():
+            check_same_config(json.loads((folder / "config.json").read_text()), config)
+        else:
+            files.write_json(folder / "config.json", config.as_dict())
+        if (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text())
+        run = _Run(config, data, folder, device)
+        with tqdm(**run.bar_settings(progress)) as bar:
+            while run.trainer.step < config.recipe.steps:
+                if run.trainer.step == stop_at:
+                    run.save()
+                    return None
+                run.advance(bar)
+        return run.finish()
+
+
+class _Run:
+    """A trainer with its folder."""
+
+    def __init__(self, config: RunConfig, data: Splits, folder: Path, device: torch.device):
+        self.config, self.data, self.folder, self.device = config, data, folder, device
+        self.trainer = Trainer(config, data, device)
+        self.best: dict[str, dict] = {}
+        self.seconds = {"dense": 0.0, "sparse": 0.0}
+        if (folder / "last.pt").exists():
+            state = load_checkpoint(folder / "last.pt", device)
+            self.trainer.load_state_dict(state["trainer"])
+            self.best, self.seconds = state["best"], state["seconds"]
+        self.metrics = folder / "metrics.jsonl"
+        self._forget_metrics_after(self.trainer.step)
+        self.pending: list[dict] = []
+        self.saved_at = time.monotonic()
+
+    def bar_settings(self, progress: bool) -> dict:
+        return {
+            "total": self.config.recipe.steps,
+            "initial": self.trainer.step,
+            "desc": self.config.name,
+            "unit": "step",
+            "disable": not progress,
+            "mininterval": 0.2 if sys.stderr.isatty() else 2.0,
+            "dynamic_ncols": True,
+        }
+
+    def advance(self, bar: tqdm) -> None:
+        """One step with its metrics; evaluation and checkpoint when they are due."""
+        recipe, start, phase = self.config.recipe, time.perf_counter(), self.trainer.phase
+        self.pending.append(self.trainer.train_step())
+        due = self.trainer.step % recipe.eval_every == 0 or self.trainer.step == recipe.steps
+        switched = self.trainer.transition_step == self.trainer.step - 1
+        if phase == "dense" or due or len(self.pending) >= SPARSE_LOOK_EVERY:
+            self.flush(bar)
+        self.seconds[phase] += time.perf_counter() - start
+        bar.update()
+        if due:
+            self.evaluate()
+        if due or switched or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self.flush(bar)
+            self.save()
+
+    def flush(self, bar: tqdm) -> None:
+        """Look at the pending losses, stop at one that isn't finite, write the lines."""
+        for record in self.pending:
+            record["loss"] = float(record["loss"])
+            if not math.isfinite(record["loss"] + record.get("sparsity_loss", 0.0)):
+                self._stop_at_non_finite(record)
+        with self.metrics.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.pending)
+        if self.pending:
+            bar.set_postfix(_bar_text(self.pending[-1]), refresh=False)
+        self.pending = []
+
+    def _stop_at_non_finite(self, record: dict) -> None:
+        recipe, step = self.config.recipe, record["step"]
+        indices = batch_indices(len(self.data.train), recipe.batch, step, recipe.seed).tolist()
+        report = {"step": step, "phase": record["phase"], "loss": str(record["loss"]), "batch_indices": indices}
+        files.write_json(self.folder / "nonfinite.json", report)
+        raise NonFiniteLoss(
+            f"the loss became {record['loss']} at step {step} ({record['phase']} phase). The batch's indices are in "
+            f"{self.folder / 'nonfinite.json'}; the last checkpoint is from before. Lower the rate or look at the batch"
+        )
+
+    def evaluate(self) -> None:
+        """Dev accuracy; the best of each phase is kept with the layouts it was reached under."""
+        score, trainer = self.trainer.evaluate(self.data.dev), self.trainer
+        record = {"step": trainer.step, "phase": trainer.phase, "dev_accuracy": score.accuracy, "dev_loss": score.loss}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if score.accuracy > self.best.get(trainer.phase, {"dev_accuracy": -1})["dev_accuracy"]:
+            self.best[trainer.phase] = {"step": trainer.step, "dev_accuracy": score.accuracy}
+            state = trainer.state_dict()
+            kept = {name: state[name] for name in ("config", "step", "model", "grids")}
+            save_checkpoint(self.folder / f"best-{trainer.phase}.pt", kept)
+
+    def save(self) -> None:
+        state = {"trainer": self.trainer.state_dict(), "best": self.best, "seconds": self.seconds}
+        save_checkpoint(self.folder / "last.pt", state)
+        self.saved_at = time.monotonic()
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop lines of steps that the checkpoint doesn't know: they will be run again."""
+        rows = files.read_rows(self.metrics)
+        kept = [row for row in rows if row["step"] < step or (row["step"] == step and "dev_accuracy" in row)]
+        files.write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def finish(self) -> dict:
+        """Test the best checkpoint of each phase in that phase, and write result.json."""
+        for phase, best in self.best.items():
+            self.trainer.model = load_model(self.folder / f"best-{phase}.pt", self.device)
+            score = self.trainer.evaluate(self.data.test)
+            best |= {"test_accuracy": score.accuracy, "test_loss": score.loss, "test_examples": score.examples}
+        trainer, phase = self.trainer, "sparse" if "sparse" in self.best else "dense"
+        result = {
+            "config": self.config.as_dict(),
+            "phase": phase,
+            "test_accuracy": self.best[phase]["test_accuracy"],
+            "best": self.best,
+            "transition_step": trainer.transition_step,
+            "parameters": trainer.model.parameter_count(),
+            "maps": {name: value.tolist() for name, value in trainer.maps.items()},
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "stamp": timing.stamp(self.device),
+        }
+        files.write_json(self.folder / "result.json", result)
+        return result
+
+
+def _bar_text(record: dict) -> dict:
+    shown = {"phase": record["phase"], "loss": f"{record['loss']:.3f}"}
+    for name in ("skewness", "distance"):
+        values = [value for value in record.get(name, []) if value is not None]
+        if values:
+            shown[name] = f"{min(values):.2f}" if name == "skewness" else f"{max(values):.3f}"
+    return shown
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Save whole or not at all (see files.atomic_path). A full disk is an OSError, and the file before stays."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files.write(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, device: torch.device) -> dict:
+    """Read a checkpoint; its tensors come on `device`.
+
+    Raises:
+        InputError: it is absent, cut off or not a checkpoint.
+    """
+    require(Path(path).exists(), f"checkpoint: {path} doesn't exist. Train first: python -m sat_lib train --help")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"checkpoint: {path} can't be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Delete it to train this run again"
+        ) from error
+
+
+def load_model(path: Path, device: torch.device) -> Encoder:
+    """The model of a best-*.pt, in the phase it was saved in: dense without layouts, sparse under its own."""
+    state = load_checkpoint(path, device)
+    config = config_from_dict(state["config"]).model
+    model = Encoder(config).to(device)
+    if state["grids"] is not None:
+        model.enter_sparse_phase([BlockLayout(grid, config.block) for grid in state["grids"]])
+    model.load_state_dict(state["model"])
+    return model.eval()

@@ -1,0 +1,140 @@
+"""Time and memory on any device, and the stamp that says where a number comes from."""
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .errors import require
+
+FLUSH_BYTES = 256 * 2**20  # written between timed calls on a GPU: several times its L2 cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of single calls: the median, the quartiles, and how many calls."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    calls: int
+
+
+def time_calls(
+    call: Callable[[], object], device: torch.device, *, warm_up: int = 3, calls: int = 20, seconds: float = 20.0
+) -> Timing:
+    """Time single calls after `warm_up` untimed ones; stops early, after 3 calls or more, once `seconds` are over.
+
+    On CUDA: events around each call, and the L2 cache overwritten before it. On CPU: the wall clock.
+    """
+    require(calls >= 1, f"calls: wanted at least 1; got {calls}")
+    for _ in range(warm_up):
+        call()
+    measure = _time_cuda if device.type == "cuda" else _time_cpu
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    taken, start = [], time.perf_counter()
+    while len(taken) < calls and (len(taken) < 3 or time.perf_counter() - start < seconds):
+        taken.append(measure(call, flush))
+    low, median, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
+    return Timing(median, low, high, len(taken))
+
+
+def _time_cpu(call, _flush) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1000
+
+
+def _time_cuda(call, flush) -> float:
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensor memory held at once during a call, beyond what was held before it.
+
+    On CUDA from the caching allocator; on CPU from the profiler's record of every allocation.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`"auto"`: CUDA where there is one, else the CPU; any other name must be there.
+
+    Raises:
+        InputError: CUDA was asked for and PyTorch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    require(
+        not name.startswith("cuda") or torch.cuda.is_available(),
+        f"device: {name!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device. "
+        "Use --device cpu, or install a CUDA build of PyTorch and a driver",
+    )
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a reader knows it: the GPU's name, or the processor's with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def stamp(device: torch.device) -> dict:
+    """Where a number comes from: commit, device, versions, time (UTC, to the second)."""
+    return {
+        "commit": commit(),
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "numpy": metadata.version("numpy"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" appended where files differ from it; else $SAT_LIB_COMMIT; else "unknown"."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", "sat_lib"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SAT_LIB_COMMIT", "unknown")
+    return head[:12] + ("-dirty" if changed else "")
