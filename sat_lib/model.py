@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import get_attention
-from .datasets import task
 from .errors import require
 from .layout import BlockLayout
 from .pattern import SparsityParameter
 from .reference import PRUNED_RULES, AttentionStatistics, attention_statistics, sparse_statistics
+from .tasks import task
 
 LAYERS = {"image": 2, "text": 4, "symbols": 4}
 

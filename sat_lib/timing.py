@@ -1,12 +1,14 @@
 """Time and memory on any device, and the stamp that says where a number comes from."""
 
+import contextlib
 import datetime
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -75,7 +77,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu_only = [torch.profiler.ProfilerActivity.CPU]
+    with _stderr_closed(), torch.profiler.profile(activities=cpu_only, profile_memory=True) as profile:
         call()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
@@ -83,6 +86,20 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Send the process's error output nowhere: the profiler of PyTorch 2.13 writes two lines there at every use."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def pick_device(name: str = "auto") -> torch.device:

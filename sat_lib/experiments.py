@@ -1,0 +1,360 @@
+"""Named experiments: a list of cases each, and a measurement that turns a case into a row.
+
+A row is {"experiment", "case", "result", "stamp"}, one JSON line, written as soon as it is measured. Rows of the
+`paper` profile lie in data/results and are committed; a case that has a row from the same device is not measured
+again. Rows of the `smoke` profile lie in runs/smoke and count only for the source text they were measured with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from . import datasets, files, runs, timing
+from .attention import get_attention
+from .errors import require
+from .layout import BlockLayout
+from .pattern import random_layout
+from .recipes import RunConfig, run_config
+from .reference import sddmm, sparse_softmax, spmm
+from .tasks import task
+from .train import Trainer
+
+PROFILES = ("smoke", "paper")
+HISTORY_POINTS = 400  # of a training curve that go into its row
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and on what an experiment is run."""
+
+    profile: str
+    device: torch.device
+    root: Path
+    code: str  # digest of the source text behind this module
+
+    @property
+    def rows_folder(self) -> Path:
+        return self.root / ("data/results" if self.profile == "paper" else "runs/smoke/rows")
+
+    @property
+    def training_folder(self) -> Path:
+        """Of training runs; smoke runs are kept apart by the code they ran."""
+        return self.root / "runs" / self.profile / ("training" if self.profile == "paper" else f"training-{self.code}")
+
+
+# ---- training: notebooks 02, 03 and 06 -------------------------------------------------------------------------------
+
+SMOKE_RUN = {
+    "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 32},
+    "docstrings": {"model": {"layers": 2}, "steps": 160, "warm_up": 20, "eval_every": 40, "batch": 8},
+}
+PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
+
+
+def _run_case(task_name: str, attention: str, seed: int, profile: str, **changes) -> dict:
+    settings = (SMOKE_RUN[task_name] if profile == "smoke" else {}) | changes
+    model = settings.pop("model", {})
+    return {"task": task_name, "attention": attention, "seed": seed, "model": model, "recipe": settings}
+
+
+def case_config(case: dict) -> RunConfig:
+    """The run that a training case stands for."""
+    return run_config(case["task"], case["attention"], model=case["model"], seed=case["seed"], **case["recipe"])
+
+
+def training_cases(profile: str) -> list[dict]:
+    """One SAT run."""
+    return [_run_case("digits16" if profile == "smoke" else "cifar10", "sat", 0, profile)]
+
+
+def accuracy_cases(profile: str) -> list[dict]:
+    """Every task with every attention and seed."""
+    tasks, seeds = (("digits16", "docstrings"), 2) if profile == "smoke" else (PAPER_TASKS, 5)
+    return [
+        _run_case(name, attention, seed, profile)
+        for seed in range(seeds)
+        for name in tasks
+        for attention in ("dense", "sat")
+    ]
+
+
+def ablation_cases(profile: str) -> list[dict]:
+    """One setting changed at a time; the first value of each is the task's own."""
+    name = "digits16" if profile == "smoke" else "cifar10"
+    base = case_config(_run_case(name, "sat", 0, profile))
+    values = {
+        "theta": [base.recipe.theta, 0.0, 2 * base.recipe.theta],
+        "delta": [base.recipe.delta, 0.5 * base.recipe.delta, 4 * base.recipe.delta],
+        "density": [base.recipe.density, 0.1, 0.25],
+        "block": [base.model.block, base.model.block // 2, base.model.block * 2],
+    }
+    if profile == "smoke":
+        values = {setting: some[:2] for setting, some in values.items()} | {"density": values["density"]}
+    cases = []
+    for setting, some in values.items():
+        for value in some:
+            changes = {"model": {"block": value}} if setting == "block" else {setting: value}
+            cases.append({"setting": setting, "value": value, **_run_case(name, "sat", 0, profile, **changes)})
+    return cases
+
+
+def train(case: dict, context: Context) -> dict:
+    """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
+    config = case_config(case)
+    data = datasets.load(config.recipe.task, protocol=config.recipe.protocol)
+    folder = context.training_folder / config.name
+    result = runs.fit(config, data, folder, context.device)
+    maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
+    return {
+        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters", "seconds")},
+        "dense_best": result["best"].get("dense"),
+        "sparse_best": result["best"].get("sparse"),
+        "test_examples": result["best"][result["phase"]]["test_examples"],
+        "train_examples": len(data.train),
+        "maps": maps,
+        "history": _thinned(files.read_rows(folder / "metrics.jsonl")),
+    }
+
+
+def _thinned(metrics: list[dict]) -> list[dict]:
+    """All evaluations, the dense phase's steps and every n-th other step: about HISTORY_POINTS lines of each."""
+    evaluations = [row for row in metrics if "dev_accuracy" in row]
+    steps = [row for row in metrics if "loss" in row]
+    learning = [row for row in steps if "skewness" in row]
+    others = [row for row in steps if "skewness" not in row]
+    return sorted(
+        (row for part in (evaluations, learning, others) for row in part[:: max(1, len(part) // HISTORY_POINTS)]),
+        key=lambda row: row["step"],
+    )
+
+
+# ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
+
+STEP_KINDS = ("dense", "sat, dense phase", "sat, sparse phase")
+
+
+def step_time_cases(profile: str) -> list[dict]:
+    """A step of each kind, per task shape."""
+    shapes = ("cifar10", "agnews") if profile == "smoke" else PAPER_TASKS
+    batch = 4 if profile == "smoke" else 512
+    precision = "fp32" if profile == "smoke" else "bf16"
+    return [
+        {"task": name, "kind": kind, "batch": batch, "precision": precision} for name in shapes for kind in STEP_KINDS
+    ]
+
+
+def step_time(case: dict, context: Context) -> dict:
+    """Time and peak memory of whole training steps on random tokens of a task's shape."""
+    trainer = _step_trainer(case, context.device)
+    calls = 5 if context.device.type == "cpu" else 30
+    timed = timing.time_calls(trainer.train_step, context.device, warm_up=2, calls=calls)
+    peak = timing.peak_bytes(trainer.train_step, context.device)
+    return {**vars(timed), "peak_bytes": peak, "density": trainer.config.recipe.density}
+
+
+def _step_trainer(case: dict, device: torch.device) -> Trainer:
+    attention = "dense" if case["kind"] == "dense" else "sat"
+    config = run_config(
+        case["task"], attention, batch=case["batch"], precision=case["precision"], theta=float("inf"), switch_at=10**9
+    )
+    trainer = Trainer(config, _random_splits(case["task"], 2 * case["batch"]), device)
+    if case["kind"] == "sat, sparse phase":
+        trainer.train_step()
+        trainer.enter_sparse_phase(trainer.rule.maps)
+    return trainer
+
+
+def _random_splits(name: str, examples: int) -> datasets.Splits:
+    """Random tokens of a task's shape; in text tasks the last tenth of each example is padding."""
+    chosen, random = task(name), np.random.default_rng(0)
+    tokens = random.integers(1, min(256, chosen.vocab), (examples, chosen.length)).astype(chosen.dtype)
+    if chosen.masked_attention:
+        tokens[:, -chosen.length // 10 :] = 0
+    labels = random.integers(0, len(chosen.classes), examples)
+    split = datasets.Split(tokens, np.arange(examples), labels)
+    return datasets.Splits(chosen, split, split, split, "dev")
+
+
+# ---- attention alone: notebooks 05 and 07 ----------------------------------------------------------------------------
+
+
+def _qkv(case: dict, device: torch.device, grad: bool) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shape = (case["batch"], case["heads"], case["length"], case["head_size"])
+    dtype = getattr(torch, case["dtype"])
+    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=grad) for _ in range(3)]
+
+
+def _layout(case: dict, device: torch.device) -> BlockLayout:
+    blocks = -(-case["length"] // case["block"])
+    return random_layout(blocks, blocks, case["density"], case["block"], seed=0).to(device)
+
+
+def _shape(profile: str, batch: int, **changes) -> dict:
+    dtype = "float32" if profile == "smoke" else "bfloat16"
+    shape = {"batch": batch, "heads": 2, "length": 1024, "head_size": 32, "block": 32, "density": 0.05, "dtype": dtype}
+    return shape | changes
+
+
+def breakdown_cases(profile: str) -> list[dict]:
+    """The published operation breakdown, per task (they differ in density) and once in each number format."""
+    if profile == "smoke":
+        return [{"task": "cifar10", **_shape(profile, 4)}]
+    densities = {name: run_config(name).recipe.density for name in PAPER_TASKS}
+    return [
+        {"task": name, **_shape(profile, 512, density=density, dtype=dtype)}
+        for dtype in ("float32", "bfloat16")
+        for name, density in densities.items()
+    ]
+
+
+@torch.no_grad()
+def breakdown(case: dict, context: Context) -> dict:
+    """Forward time of each attention operation, dense against sparse, and of how many bytes it must move at least."""
+    q, k, v = _qkv(case, context.device, grad=False)
+    layout = _layout(case, context.device)
+    heads, keys = case["heads"], case["length"]
+    raw = q @ k.transpose(-1, -2)
+    values = sddmm(q, k, layout)
+    operations = {
+        "gemm_qk": lambda: torch.matmul(q, k.transpose(-1, -2)),
+        "softmax": lambda: raw.softmax(-1),
+        "gemm_av": lambda: torch.matmul(raw, v),
+        "sddmm": lambda: sddmm(q, k, layout),
+        "sparse_softmax": lambda: sparse_softmax(values, layout, heads, keys),
+        "spmm": lambda: spmm(values, v, layout, keys),
+    }
+    one, dense, kept = q.nbytes, raw.nbytes, values.nbytes
+    floors = (2 * one + dense, 2 * dense, dense + 2 * one, 2 * one + kept, 2 * kept, kept + 2 * one)
+    calls = 10 if context.device.type == "cpu" else 50
+    result = {"kept_blocks": layout.kept_blocks}
+    for (name, call), floor in zip(operations.items(), floors, strict=True):
+        result[f"{name}_ms"] = timing.time_calls(call, context.device, calls=calls).median_ms
+        result[f"{name}_floor_bytes"] = floor
+    return result
+
+
+def attention_cases(profile: str) -> list[dict]:
+    """The comparison that a CPU user can check at once: SDPA against block-sparse attention at 5 % density."""
+    return [{**_shape(profile, 16 if profile == "smoke" else 512), "kind": kind} for kind in ("dense", "sat")]
+
+
+def scaling_cases(profile: str) -> list[dict]:
+    """Attention alone over the length, the batch shrinking so that every case has about the same number of tokens."""
+    lengths = (256, 512, 1024, 2048) if profile == "smoke" else (512, 1024, 2048, 4096, 8192, 16384)
+    tokens = 4 * 1024 if profile == "smoke" else 128 * 1024
+    return [
+        {**_shape(profile, max(1, tokens // length), length=length), "kind": kind}
+        for length in lengths
+        for kind in ("dense", "sat")
+    ]
+
+
+def attention_time(case: dict, context: Context) -> dict:
+    """Forward, and forward and backward, of attention alone; its peak memory and its counted operations."""
+    q, k, v = _qkv(case, context.device, grad=True)
+    layout = _layout(case, context.device) if case["kind"] == "sat" else None
+    attend = partial(get_attention(case["kind"]), q, k, v, layout=layout)
+    gradient = torch.randn_like(q)
+
+    def forward_backward():
+        torch.autograd.grad(attend(), (q, k, v), gradient)
+
+    calls = 7 if context.device.type == "cpu" else 30
+    with torch.no_grad():
+        forward = timing.time_calls(attend, context.device, calls=calls)
+    both = timing.time_calls(forward_backward, context.device, calls=calls)
+    return {
+        "forward_ms": forward.median_ms,
+        "forward_backward_ms": both.median_ms,
+        "low_ms": both.low_ms,
+        "high_ms": both.high_ms,
+        "peak_bytes": timing.peak_bytes(forward_backward, context.device),
+        "operations": attention_operations(case, layout),
+    }
+
+
+def attention_operations(case: dict, layout: BlockLayout | None) -> int:
+    """Multiply-adds counted as two, exponentials as one, of forward attention: (4 d + 1) per kept entry.
+
+    Dense attention keeps L^2 entries per head, SAT the entries of its kept blocks, so its operations are the density
+    times the dense ones: O(density x L^2 x d).
+    """
+    entries = case["length"] ** 2 if layout is None else int(layout.entries(case["length"]).sum())
+    return case["batch"] * case["heads"] * entries * (4 * case["head_size"] + 1)
+
+
+# ---- cases to rows ---------------------------------------------------------------------------------------------------
+
+EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Context], dict]]] = {
+    "training": (training_cases, train),
+    "accuracy": (accuracy_cases, train),
+    "ablations": (ablation_cases, train),
+    "step_time": (step_time_cases, step_time),
+    "time_breakdown": (breakdown_cases, breakdown),
+    "scaling": (scaling_cases, attention_time),
+    "attention": (attention_cases, attention_time),
+}
+
+
+def rows(
+    name: str, profile: str = "smoke", *, device: str = "auto", measure: bool = True, root: Path = files.ROOT
+) -> pd.DataFrame:
+    """An experiment's rows, one a case, measuring those that are missing.
+
+    Args:
+        name: key of `EXPERIMENTS`. device: "auto", "cpu" or "cuda". measure: False reads only what there is, from the
+            device with the most rows.
+
+    Returns:
+        The columns of case and result side by side, and experiment, commit, device, torch, date of each row's stamp.
+        Empty if nothing was measured and nothing may be. `frame.attrs["missing"]` counts the cases without a row.
+
+    Raises:
+        InputError: an unknown experiment or profile, or what the measurement says.
+    """
+    require(name in EXPERIMENTS, f"experiment: wanted one of {sorted(EXPERIMENTS)}; got {name!r}")
+    require(profile in PROFILES, f"profile: wanted one of {PROFILES}; got {profile!r}")
+    context = Context(profile, timing.pick_device(device), Path(root), files.source_digest("experiments"))
+    cases, measurement = EXPERIMENTS[name]
+    wanted, path = cases(profile), context.rows_folder / f"{name}.jsonl"
+    stored = [row for row in files.read_rows(path) if profile == "paper" or row["code"] == context.code]
+    found = _by_case(stored, timing.device_name(context.device) if measure else _main_device(stored))
+    if measure:
+        for case in tqdm([case for case in wanted if files.digest(case) not in found], desc=name, leave=False):
+            row = {"experiment": name, "case": case, "result": measurement(case, context)}
+            row |= {"stamp": timing.stamp(context.device), "code": context.code}
+            files.append_row(path, row)
+            found[files.digest(case)] = row
+    kept = [found[files.digest(case)] for case in wanted if files.digest(case) in found]
+    frame = pd.DataFrame([_flat(row) for row in kept])
+    frame.attrs["missing"] = len(wanted) - len(kept)
+    return frame
+
+
+def _by_case(stored: list[dict], device: str | None) -> dict[str, dict]:
+    """Case digest -> newest row of that device."""
+    return {files.digest(row["case"]): row for row in stored if row["stamp"]["device"] == device}
+
+
+def _main_device(stored: list[dict]) -> str | None:
+    devices = [row["stamp"]["device"] for row in stored]
+    return max(devices, key=devices.count) if devices else None
+
+
+def _flat(row: dict) -> dict:
+    stamp = {name: row["stamp"][name] for name in ("commit", "device", "python", "torch", "numpy", "date")}
+    return row["case"] | row["result"] | stamp | {"experiment": row["experiment"]}
+
+
+def table(frame: pd.DataFrame) -> str:
+    """The rows as text, for the terminal: what is a number, a word or a short list."""
+    plain = [name for name in frame.columns if not frame[name].map(lambda cell: isinstance(cell, list | dict)).any()]
+    hidden = {"experiment", "commit", "python", "torch", "numpy", "date"}
+    return frame[[name for name in plain if name not in hidden]].to_string(index=False, float_format="%.4g")

@@ -1,0 +1,355 @@
+"""Figures and tables from rows, and what is saved beside them. Nothing here measures.
+
+    figure, drawn = figures.step_time(rows)
+    figures.save("04_step_time", "smoke", figure, drawn, rows)
+
+writes figures/smoke/04_step_time.pdf, .png, .csv (what is drawn) and .json (where it comes from).
+"""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from . import files
+from .errors import require
+
+COLUMN, PAGE = 3.3, 7.0  # widths in inches: one column, the whole page
+PALETTE = dict(
+    zip(
+        ("dense", "sat", "sat, dense phase", "longformer", "bigbird", "lsg"),
+        sns.color_palette("colorblind", 6),
+        strict=True,
+    )
+)
+PALETTE["sat, sparse phase"] = PALETTE["sat"]
+TASK_NAMES = {"agnews": "AG News", "yelp": "Yelp", "cifar10": "CIFAR-10", "inaturalist": "iNaturalist", "imdb": "IMDB"}
+PUBLISHED_ACCURACY = {  # percent, mean of five runs (the paper's accuracy table)
+    "dense": {"agnews": 71.43, "yelp": 76.77, "cifar10": 41.84, "inaturalist": 52.50},
+    "sat": {"agnews": 82.42, "yelp": 81.53, "cifar10": 43.16, "inaturalist": 53.19},
+}
+PUBLISHED_SPEED_UP = {"QK^T": 1.55, "softmax": 37.34, "AV": 2.34}  # forward, CIFAR-10, RTX A5000
+
+
+def style() -> None:
+    """The look of all figures; `new` calls it."""
+    sns.set_theme("paper", "ticks", palette="colorblind")
+    mpl.rcParams.update({"pdf.fonttype": 42, "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7.5})
+    mpl.rcParams.update({"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "savefig.dpi": 200})
+
+
+def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings) -> tuple[Figure, np.ndarray]:
+    """A figure in inches with (rows, columns) axes, always as a 2-d array."""
+    style()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+# ---- 02: one run through the three phases ----------------------------------------------------------------------------
+
+
+def training(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Loss, skewness and distance over the steps, the transition, and each layer's maps. Takes the first row."""
+    run = rows.iloc[0]
+    history, maps = pd.DataFrame(run["history"]), run["maps"]
+    layers = len(maps["start"])
+    style()
+    figure = Figure(figsize=(PAGE, 1.9 + 1.35 * layers), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1.35 * layers])
+    _curves(above.subplots(1, 3), history, run["transition_step"])
+    _maps(below.subplots(layers, 4, squeeze=False), maps)
+    drawn = history.explode(["skewness", "distance", "change_percent"]) if "skewness" in history else history
+    return figure, drawn.reset_index(names="line")
+
+
+def _curves(axes: np.ndarray, history: pd.DataFrame, transition: float | None) -> None:
+    steps = history[history["loss"].notna()]
+    loss, skewness, distance = axes
+    for phase, colour in (("dense", PALETTE["sat, dense phase"]), ("sparse", PALETTE["sat"])):
+        part = steps[steps["phase"] == phase]
+        loss.plot(part["step"], part["loss"], color=colour, linewidth=0.8, label=f"{phase} phase")
+    loss.set(xlabel="step", ylabel="training loss")
+    loss.legend(frameon=False)
+    learning = steps[steps["skewness"].notna()]
+    for axis, name in ((skewness, "skewness"), (distance, "distance")):
+        for layer, line in enumerate(np.array(learning[name].tolist(), float).T):
+            axis.plot(learning["step"], line, linewidth=0.8, label=f"layer {layer + 1}")
+        axis.set(xlabel="step of the dense phase", ylabel=f"{name} of the mean map")
+        axis.legend(frameon=False)
+    for axis in axes:
+        if transition is not None and not np.isnan(transition):
+            axis.axvline(transition, color="0.4", linestyle=":", linewidth=1)
+        sns.despine(ax=axis)
+
+
+def _maps(axes: np.ndarray, maps: dict) -> None:
+    """A row per layer: pooled map at step 0 and at the transition, R~, kept blocks."""
+    titles = {"start": "map, step 0", "transition": "map, transition", "scores": "R~, transition", "kept": "kept"}
+    for layer, line in enumerate(axes):
+        for axis, (name, title) in zip(line, titles.items(), strict=True):
+            axis.set(xticks=[], yticks=[])
+            if name not in maps:
+                axis.text(0.5, 0.5, "no transition", ha="center", va="center", fontsize=7)
+                continue
+            values = np.array(maps[name][layer], float)
+            image = axis.imshow(values, cmap="Greys" if name == "kept" else "viridis", interpolation="nearest")
+            axis.set_title(title)
+            if name != "kept":
+                bar = axis.figure.colorbar(image, ax=axis, shrink=0.85)
+                bar.ax.tick_params(labelsize=7)
+                bar.formatter.set_powerlimits((-2, 3))
+        line[0].set_ylabel(f"layer {layer + 1}, block row")
+
+
+# ---- 03: accuracy ----------------------------------------------------------------------------------------------------
+
+
+def accuracy(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Test accuracy by task and attention: every seed a dot, the mean a bar, the published mean a diamond."""
+    drawn = rows[["task", "attention", "seed", "test_accuracy", "phase"]].copy()
+    drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
+    tasks = list(dict.fromkeys(drawn["task"]))
+    figure, ((axis,),) = new(PAGE / 2, 2.2)
+    common = {"data": drawn, "x": "task", "y": "accuracy_percent", "hue": "attention", "ax": axis, "order": tasks}
+    sns.barplot(**common, errorbar=None, palette=PALETTE, alpha=0.45)
+    sns.stripplot(**common, dodge=True, palette=PALETTE, size=3.5, legend=False, jitter=False)
+    attentions = list(dict.fromkeys(drawn["attention"]))
+    for place, name in enumerate(tasks):
+        for side, attention in enumerate(attentions):
+            published = PUBLISHED_ACCURACY.get(attention, {}).get(name)
+            if published is not None:
+                x = place + 0.8 * ((side + 0.5) / len(attentions) - 0.5)
+                axis.plot(x, published, "D", color="black", markersize=3, markerfacecolor="none", label="published")
+    axis.set(xlabel="", ylabel="test accuracy (%)", xticks=range(len(tasks)))
+    axis.set_xticklabels([TASK_NAMES.get(name, name) for name in tasks])
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    sns.despine(ax=axis)
+    return figure, drawn
+
+
+def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sample deviation over seeds, in percent, with the published mean beside."""
+    lines = []
+    for (name, attention), part in rows.groupby(["task", "attention"], sort=False):
+        percent = 100 * part["test_accuracy"]
+        switched = part["transition_step"].dropna()
+        lines.append(
+            {
+                "task": TASK_NAMES.get(name, name),
+                "attention": attention,
+                "runs": len(part),
+                "mean %": round(percent.mean(), 2),
+                "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
+                "switched at step": f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-",
+                "published mean %": PUBLISHED_ACCURACY.get(attention, {}).get(name),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+# ---- 04, 05: time of steps and operations ----------------------------------------------------------------------------
+
+
+def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Median time and peak memory of a training step, by task and kind of step; quartiles as lines."""
+    drawn = rows[["task", "kind", "batch", "precision", "median_ms", "low_ms", "high_ms", "peak_bytes"]].copy()
+    figure, ((time, memory),) = new(PAGE, 2.1, 1, 2)
+    kinds, tasks = list(dict.fromkeys(drawn["kind"])), list(dict.fromkeys(drawn["task"]))
+    for side, kind in enumerate(kinds):
+        part = drawn[drawn["kind"] == kind].set_index("task").reindex(tasks)
+        x = np.arange(len(tasks)) + 0.8 * ((side + 0.5) / len(kinds) - 0.5)
+        spread = [part["median_ms"] - part["low_ms"], part["high_ms"] - part["median_ms"]]
+        settings = {"width": 0.8 / len(kinds), "color": PALETTE[kind], "label": kind}
+        time.bar(x, part["median_ms"], yerr=spread, error_kw={"linewidth": 0.7}, **settings)
+        memory.bar(x, part["peak_bytes"] / 2**20, **settings)
+    for axis, label in ((time, "training step (ms, median)"), (memory, "peak memory of a step (MiB)")):
+        axis.set(ylabel=label, xticks=range(len(tasks)))
+        axis.set_xticklabels([TASK_NAMES.get(name, name) for name in tasks])
+        sns.despine(ax=axis)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds), frameon=False)
+    return figure, drawn
+
+
+OPERATIONS = {"QK^T": ("gemm_qk", "sddmm"), "softmax": ("softmax", "sparse_softmax"), "AV": ("gemm_av", "spmm")}
+
+
+def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Forward time of the three attention operations, dense and sparse, with the ratio over each pair."""
+    lines = [
+        {
+            "task": row["task"],
+            "dtype": row["dtype"],
+            "operation": operation,
+            "dense_ms": row[f"{dense}_ms"],
+            "sparse_ms": row[f"{sparse}_ms"],
+            "ratio": row[f"{dense}_ms"] / row[f"{sparse}_ms"],
+            "published_ratio": PUBLISHED_SPEED_UP[operation] if row["task"] == "cifar10" else None,
+        }
+        for _, row in rows.iterrows()
+        for operation, (dense, sparse) in OPERATIONS.items()
+    ]
+    drawn = pd.DataFrame(lines)
+    parts = list(drawn.groupby(["dtype", "task"], sort=False))
+    columns = min(4, len(parts))
+    figure, axes = new(max(COLUMN, 1.75 * columns), 2.0 * -(-len(parts) // columns), -(-len(parts) // columns), columns)
+    for axis in axes.flat[len(parts) :]:
+        axis.remove()
+    for axis, ((dtype, name), part) in zip(axes.flat, parts, strict=False):
+        x = np.arange(len(part))
+        axis.bar(x - 0.2, part["dense_ms"], 0.4, color=PALETTE["dense"], label="dense")
+        axis.bar(x + 0.2, part["sparse_ms"], 0.4, color=PALETTE["sat"], label="block-sparse")
+        for place, ratio in zip(x, part["ratio"], strict=True):
+            axis.annotate(f"{ratio:.1f}x", (place, part.iloc[place][["dense_ms", "sparse_ms"]].max()), ha="center",
+                          va="bottom", fontsize=7)  # fmt: skip
+        axis.set(xticks=x, xticklabels=part["operation"], title=f"{TASK_NAMES.get(name, name)}, {dtype}")
+        axis.margins(y=0.15)
+        sns.despine(ax=axis)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("forward (ms, median)")
+    axes[0, 0].legend(frameon=False)
+    return figure, drawn
+
+
+# ---- 06, 07: ablations and scaling -----------------------------------------------------------------------------------
+
+
+def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Accuracy and transition step against each setting, the others at the task's own values."""
+    drawn = rows[["task", "setting", "value", "seed", "test_accuracy", "transition_step", "phase"]].copy()
+    drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
+    settings = list(dict.fromkeys(drawn["setting"]))
+    figure, axes = new(PAGE, 2.6, 2, len(settings), sharey="row")
+    for column, setting in enumerate(settings):
+        part = drawn[drawn["setting"] == setting].sort_values("value")
+        for axis, name in zip(axes[:, column], ("accuracy_percent", "transition_step"), strict=True):
+            axis.plot(range(len(part)), part[name].astype(float), "o-", color=PALETTE["sat"], markersize=3.5)
+            axis.set(xticks=range(len(part)), xticklabels=[f"{value:g}" for value in part["value"]])
+            axis.margins(x=0.25)
+            sns.despine(ax=axis)
+        axes[1, column].set_xlabel(setting)
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[1, 0].set_ylabel("transition at step")
+    return figure, drawn
+
+
+def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Time, peak memory and operations of attention alone against L, with the complexity formula through each.
+
+    The lines are density x L^2 for the operations (exact), and for time the same formula with one factor per kind,
+    fitted at the longest L; memory has no line, neither implementation stores a map.
+    """
+    drawn = rows[["kind", "batch", "length", "density", "forward_backward_ms", "peak_bytes", "operations"]].copy()
+    per_example = drawn["batch"]
+    drawn["ms_per_example"] = drawn["forward_backward_ms"] / per_example
+    drawn["mib_per_example"] = drawn["peak_bytes"] / 2**20 / per_example
+    drawn["gflop_per_example"] = drawn["operations"] / 1e9 / per_example
+    labels = {
+        "ms_per_example": "forward + backward (ms per example)",
+        "mib_per_example": "peak memory (MiB per example)",
+        "gflop_per_example": "operations (GFLOP per example)",
+    }
+    figure, (axes,) = new(PAGE, 2.3, 1, 3)
+    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+        for kind, part in drawn.groupby("kind", sort=False):
+            _log_points(axis, part, name, kind)
+        axis.set(xscale="log", yscale="log", xlabel="length L", ylabel=label, xticks=sorted(set(drawn["length"])))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
+        sns.despine(ax=axis)
+    axes[0].legend(frameon=False)
+    return figure, drawn
+
+
+def _log_points(axis: Axes, part: pd.DataFrame, name: str, kind: str) -> None:
+    axis.plot(part["length"], part[name], "o", color=PALETTE[kind], markersize=3.5, label=kind)
+    if name != "mib_per_example":
+        longest = part.loc[part["length"].idxmax()]
+        formula = longest[name] * (part["length"] / longest["length"]) ** 2
+        axis.plot(part["length"], formula, "-", color=PALETTE[kind], linewidth=0.8, label=f"{kind}: c L²")
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+# stage -> experiment whose rows it draws, and how
+FIGURES = {
+    "02_training": ("training", training),
+    "03_accuracy": ("accuracy", accuracy),
+    "04_step_time": ("step_time", step_time),
+    "05_time_breakdown": ("time_breakdown", time_breakdown),
+    "06_ablations": ("ablations", ablations),
+    "07_scaling": ("scaling", scaling),
+}
+
+
+def save(
+    stage: str, profile: str, figure: Figure, drawn: pd.DataFrame, rows: pd.DataFrame, root: Path = files.ROOT
+) -> list[Path]:
+    """Write <stage>.pdf, .png, .csv and .json to figures/<profile>, each whole or not at all.
+
+    Args:
+        drawn: what the figure shows. rows: the rows it comes from, as `experiments.rows` returns them.
+
+    A figure of the smoke profile says so on its face; one with missing cases says how many.
+    """
+    require(len(rows) > 0, f"rows: there are none for {stage} at the {profile} profile; nothing to draw")
+    folder, said = Path(root) / "figures" / profile, provenance(profile, rows)
+    figure.supxlabel(_face(profile, said), fontsize=7, color="0.35")
+    written = []
+    for kind, settings in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {})):
+        with files.atomic_path(folder / f"{stage}.{kind}") as path:
+            figure.savefig(path, format=kind, **settings)
+        written.append(folder / f"{stage}.{kind}")
+    files.write(folder / f"{stage}.csv", drawn.to_csv(index=False))
+    files.write_json(folder / f"{stage}.json", said)
+    return [*written, folder / f"{stage}.csv", folder / f"{stage}.json"]
+
+
+def save_table(name: str, profile: str, table: pd.DataFrame, root: Path = files.ROOT) -> str:
+    """Write <name>.csv and <name>.md to figures/<profile>; returns the Markdown."""
+    text = to_markdown(table)
+    folder = Path(root) / "figures" / profile
+    files.write(folder / f"{name}.csv", table.to_csv(index=False))
+    files.write(folder / f"{name}.md", text)
+    return text
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A GitHub table; an absent value is a dash."""
+    cells = [["-" if pd.isna(cell) else str(cell) for cell in line] for line in table.itertuples(index=False)]
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def provenance(profile: str, rows: pd.DataFrame) -> dict:
+    """Where rows come from: commits, devices, versions, seeds, dates, how many cases are missing, a digest of all."""
+    several = {
+        name: sorted({str(value) for value in rows[name]})
+        for name in ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed")
+        if name in rows
+    }
+    return {
+        "profile": profile,
+        **several,
+        "measured": [min(rows["date"]), max(rows["date"])],
+        "cases": len(rows),
+        "missing_cases": rows.attrs.get("missing", 0),
+        "rows_digest": files.digest(json.loads(rows.to_json(orient="records"))),
+        "stage": os.environ.get("SAT_LIB_STAGE"),
+    }
+
+
+def _face(profile: str, said: dict) -> str:
+    text = f"{', '.join(said['device'])}; PyTorch {', '.join(said['torch'])}"
+    if profile == "smoke":
+        text = f"smoke profile, not the paper's set-up: small runs on {text}"
+    if said["missing_cases"]:
+        text += f"; {said['missing_cases']} of {said['cases'] + said['missing_cases']} cases not measured yet"
+    return text
