@@ -38,7 +38,7 @@ install:
 		echo "      it goes on with its usual index, which may hold the CUDA build of several GB)"; \
 		$(VENV) -m pip install -q $(CPU_WHEELS) $(TORCH); fi
 	@echo "[3/3] the other packages, about 2 minutes"
-	@$(VENV) -m pip install -q -e ".[pinned]"
+	@$(VENV) -m pip install -qq -e ".[pinned]"
 	@echo "$(READY)" > .venv/.ready
 	@echo "environment ready"
 

@@ -5,6 +5,7 @@ A row is {"experiment", "case", "result", "stamp"}, one JSON line, written as so
 again. Rows of the `smoke` profile lie in runs/smoke and count only for the source text they were measured with.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -252,15 +253,21 @@ def scaling_cases(profile: str) -> list[dict]:
     return [
         {**_shape(profile, max(1, tokens // length), length=length), "kind": kind}
         for length in lengths
-        for kind in ("dense", "sat")
+        for kind in ("materialised", "dense", "sat")
     ]
+
+
+def materialised_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: None = None) -> torch.Tensor:
+    """The paper's dense baseline: GEMM, softmax, GEMM, with the L x L map of every head in memory."""
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
 def attention_time(case: dict, context: Context) -> dict:
     """Forward, and forward and backward, of attention alone; its peak memory and its counted operations."""
     q, k, v = _qkv(case, context.device, grad=True)
     layout = _layout(case, context.device) if case["kind"] == "sat" else None
-    attend = partial(get_attention(case["kind"]), q, k, v, layout=layout)
+    attention = materialised_attention if case["kind"] == "materialised" else get_attention(case["kind"])
+    attend = partial(attention, q, k, v, layout=layout)
     gradient = torch.randn_like(q)
 
     def forward_backward():

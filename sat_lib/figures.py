@@ -24,8 +24,8 @@ from .errors import require
 COLUMN, PAGE = 3.3, 7.0  # widths in inches: one column, the whole page
 PALETTE = dict(
     zip(
-        ("dense", "sat", "sat, dense phase", "longformer", "bigbird", "lsg"),
-        sns.color_palette("colorblind", 6),
+        ("dense", "sat", "sat, dense phase", "longformer", "bigbird", "lsg", "materialised"),
+        sns.color_palette("colorblind", 7),
         strict=True,
     )
 )
@@ -252,9 +252,9 @@ def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     drawn["mib_per_example"] = drawn["peak_bytes"] / 2**20 / per_example
     drawn["gflop_per_example"] = drawn["operations"] / 1e9 / per_example
     labels = {
-        "ms_per_example": "forward + backward (ms per example)",
-        "mib_per_example": "peak memory (MiB per example)",
-        "gflop_per_example": "operations (GFLOP per example)",
+        "ms_per_example": "fwd + bwd (ms / example)",
+        "mib_per_example": "peak memory (MiB / example)",
+        "gflop_per_example": "forward GFLOP / example",
     }
     figure, (axes,) = new(PAGE, 2.3, 1, 3)
     for axis, (name, label) in zip(axes, labels.items(), strict=True):

@@ -93,9 +93,10 @@ def sparse_softmax(
         (B, T, b, b), scores' dtype.
     """
     index = _index(layout, heads, keys)
-    allowed = _allowed_keys(layout, heads, keys, key_padding_mask, scores.device)  # (B or 1, H * C, 1, b)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    wide = wide.masked_fill(~allowed.index_select(1, index.columns), -torch.inf)
+    if key_padding_mask is not None or keys % layout.block:
+        allowed = _allowed_keys(layout, heads, keys, key_padding_mask, scores.device)  # (B or 1, H * C, 1, b)
+        wide = wide.masked_fill(~allowed.index_select(1, index.columns), -torch.inf)
     pruned_keys = (keys - index.kept_keys).to(wide.dtype)[None, :, None]  # (1, H * R, 1)
 
     peaks = wide.detach().amax(-1)  # (B, T, b)
