@@ -38,6 +38,7 @@ def read_digits(side: int, sizes: dict[str, int]) -> Iterator[Batch]:
 
 # ---- docstrings ------------------------------------------------------------------------------------------------------
 
+MINIMUM_BYTES = 300  # of a docstring: shorter ones say little, and mean pooling over 1,024 positions hides them
 _NOT_ITS_OWN = {"tests", "test", "testing", "conftest.py", "externals", "_external", "_vendor", "extern"}
 _NOT_ITS_OWN |= {"array_api_compat", "array_api_extra"}  # vendored by several of the libraries
 
@@ -45,7 +46,7 @@ _NOT_ITS_OWN |= {"array_api_compat", "array_api_extra"}  # vendored by several o
 def read_docstrings(libraries: tuple[str, ...], sizes: dict[str, int], length: int) -> Iterator[Batch]:
     """Docstrings of installed libraries, as many of each: which library is one from?
 
-    Source files are parsed, never imported; tests and vendored packages are left out, docstrings under 64 bytes too,
+    Source files are parsed, never imported; tests and vendored packages are left out, docstrings under 300 bytes too,
     and of equal docstrings only the first stays. A file's docstrings are all train or all test (its path's hash says).
     `sizes` are upper bounds on the two splits: the library with the fewest docstrings sets the number per class.
     """
@@ -78,7 +79,7 @@ def _library_docstrings(library: str, wanted: dict[str, int], seen: set[str]) ->
         split = "test" if int(_hash(name), 16) % 4 == 0 else "train"
         if len(texts[split]) < wanted[split]:
             for text in _docstrings(root / name):
-                if len(text.encode()) >= 64 and text not in seen:
+                if len(text.encode()) >= MINIMUM_BYTES and text not in seen:
                     seen.add(text)
                     texts[split].append(text)
     return {split: found[: wanted[split]] for split, found in texts.items()}

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from . import datasets, files, runs, timing
 from .attention import get_attention
@@ -52,8 +51,8 @@ class Context:
 # ---- training: notebooks 02, 03 and 06 -------------------------------------------------------------------------------
 
 SMOKE_RUN = {
-    "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 32},
-    "docstrings": {"model": {"layers": 2}, "steps": 160, "warm_up": 20, "eval_every": 40, "batch": 8},
+    "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 16, "rate": 0.006},
+    "docstrings": {"model": {"layers": 1}, "steps": 300, "warm_up": 30, "eval_every": 100, "batch": 8, "rate": 0.004},
 }
 PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 
@@ -311,13 +310,21 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
 
 
 def rows(
-    name: str, profile: str = "smoke", *, device: str = "auto", measure: bool = True, root: Path = files.ROOT
+    name: str,
+    profile: str = "smoke",
+    *,
+    device: str = "auto",
+    measure: bool = True,
+    only: dict | None = None,
+    report: bool = False,
+    root: Path = files.ROOT,
 ) -> pd.DataFrame:
     """An experiment's rows, one a case, measuring those that are missing.
 
     Args:
         name: key of `EXPERIMENTS`. device: "auto", "cpu" or "cuda". measure: False reads only what there is, from the
-            device with the most rows.
+            device with the most rows. only: cases with these values alone. report: print a line before each
+            measurement.
 
     Returns:
         The columns of case and result side by side, and experiment, commit, device, torch, date of each row's stamp.
@@ -330,11 +337,17 @@ def rows(
     require(profile in PROFILES, f"profile: wanted one of {PROFILES}; got {profile!r}")
     context = Context(profile, timing.pick_device(device), Path(root), files.source_digest("experiments"))
     cases, measurement = EXPERIMENTS[name]
-    wanted, path = cases(profile), context.rows_folder / f"{name}.jsonl"
+    path = context.rows_folder / f"{name}.jsonl"
+    wanted = [case for case in cases(profile) if (only or {}).items() <= _plain(case).items()]
+    require(wanted, f"only: no case of {name} at the {profile} profile has {only}")
     stored = [row for row in files.read_rows(path) if profile == "paper" or row["code"] == context.code]
     found = _by_case(stored, timing.device_name(context.device) if measure else _main_device(stored))
     if measure:
-        for case in tqdm([case for case in wanted if files.digest(case) not in found], desc=name, leave=False):
+        todo = [case for case in wanted if files.digest(case) not in found]
+        for number, case in enumerate(todo, 1):
+            if report:
+                values = ", ".join(f"{key} {value}" for key, value in _plain(case).items())
+                print(f"{name} {number}/{len(todo)}: {values}", flush=True)
             row = {"experiment": name, "case": case, "result": measurement(case, context)}
             row |= {"stamp": timing.stamp(context.device), "code": context.code}
             files.append_row(path, row)
@@ -343,6 +356,10 @@ def rows(
     frame = pd.DataFrame([_flat(row) for row in kept])
     frame.attrs["missing"] = len(wanted) - len(kept)
     return frame
+
+
+def _plain(case: dict) -> dict:
+    return {name: value for name, value in case.items() if not isinstance(value, dict)}
 
 
 def _by_case(stored: list[dict], device: str | None) -> dict[str, dict]:

@@ -30,7 +30,7 @@ TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # names that files.atomic
 
 def _figure(name: str, look: str, minutes: float, *tables: str) -> Stage:
     figure = tuple(f"{name}.{kind}" for kind in ("pdf", "png", "csv", "json"))
-    return Stage(name, figure + tables, look, minutes, rows=("data/results/*.jsonl",))
+    return Stage(name, figure + tables, look, minutes, rows=(f"data/results/{name[3:]}.jsonl",))
 
 
 STAGES = (
@@ -81,6 +81,7 @@ def run(
     dry_run: bool = False,
     root: Path = files.ROOT,
     stages: tuple[Stage, ...] = STAGES,
+    parameters: dict | None = None,
 ) -> int:
     """Bring the stages of a profile up to date and return the exit status: 0, 1 (a stage failed), 130 (Ctrl-C).
 
@@ -90,13 +91,14 @@ def run(
         force: run stages that are up to date too.
         dry_run: only say what would run and why.
         root: the folder that holds notebooks, data, figures and runs.
+        parameters: values for the notebooks' parameters, such as {"measure": False}; another value makes stale.
 
     Raises:
         InputError: an unknown profile or stage, a notebook that breaks the rules of `stages.stage_key`, or another
             run of this profile is going on.
     """
     require(profile in PROFILES, f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
-    chosen, place = _choose(only, stages), Place(Path(root), profile)
+    chosen, place = _choose(only, stages), Place(Path(root), profile, parameters or {})
     if dry_run:
         return _print_plan({stage: place.why_stale(stage, force) for stage in chosen})
     with files.lock(place.runs / "lock", f"reproduce --profile {profile}"):
@@ -175,7 +177,7 @@ def _run_stage(place: Place, stage: Stage, label: str, known: list[str]) -> bool
     work.mkdir()
     job = {
         "notebook": str(place.notebook(stage)),
-        "parameters": {"profile": place.profile},
+        "parameters": place.given,
         "figures": str(place.figures),
         "outputs": stage.outputs,
         "known": known,
@@ -200,7 +202,9 @@ def _run_stage(place: Place, stage: Stage, label: str, known: list[str]) -> bool
         _replace_line("\n    ".join([f"{label} ... FAILED after {seconds:.0f} s", *lines]))
         return False
     place.executed(stage, failed=True).unlink(missing_ok=True)
-    status = "done" if key == stage_key(stage, place) else "changed"
+    after = stage_key(stage, place)
+    key["rows"] = after["rows"]  # a notebook may measure, and so add to, the rows that it reads
+    status = "done" if key == after else "changed"
     place.record(
         stage, status, key, outputs=place.outputs(stage), seconds=seconds, peak_rss_bytes=report["peak_rss_bytes"]
     )

@@ -65,7 +65,7 @@ def fit(
         with tqdm(**run.bar_settings(progress)) as bar:
             while run.trainer.step < config.recipe.steps:
                 if run.trainer.step == stop_at:
-                    run.save()
+                    run.save(bar)
                     return None
                 run.advance(bar)
         return run.finish()
@@ -112,8 +112,7 @@ class _Run:
         if due:
             self.evaluate()
         if due or switched or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
-            self.flush(bar)
-            self.save()
+            self.save(bar)
 
     def flush(self, bar: tqdm) -> None:
         """Look at the pending losses, stop at one that isn't finite, write the lines."""
@@ -149,7 +148,8 @@ class _Run:
             kept = {name: state[name] for name in ("config", "step", "model", "grids")}
             save_checkpoint(self.folder / f"best-{trainer.phase}.pt", kept)
 
-    def save(self) -> None:
+    def save(self, bar: tqdm) -> None:
+        self.flush(bar)
         state = {"trainer": self.trainer.state_dict(), "best": self.best, "seconds": self.seconds}
         save_checkpoint(self.folder / "last.pt", state)
         self.saved_at = time.monotonic()

@@ -12,7 +12,7 @@ import itertools
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import files
@@ -42,6 +42,12 @@ class Place:
 
     root: Path
     profile: str
+    parameters: dict = field(default_factory=dict)  # given to every notebook beside the profile
+
+    @property
+    def given(self) -> dict:
+        """The parameters that every notebook is run with."""
+        return {**self.parameters, "profile": self.profile}
 
     @property
     def runs(self) -> Path:
@@ -102,7 +108,7 @@ def stage_key(stage: Stage, place: Place) -> dict:
 
     Raises:
         InputError: there is no such notebook, a code cell isn't plain Python, there isn't exactly one cell tagged
-            `parameters`, it holds anything but literals, or no `profile`.
+            `parameters`, it holds anything but literals, or lacks a parameter that is given.
     """
     path = place.notebook(stage)
     require(path.exists(), f"stage {stage.name} has no notebook {path}")
@@ -111,13 +117,14 @@ def stage_key(stage: Stage, place: Place) -> dict:
     tagged = [index for index in trees if "parameters" in _tags(cells[index])]
     require(len(tagged) == 1, f"{path}: one code cell has to be tagged parameters; {len(tagged)} are")
     parameters = _literals(path, trees[tagged[0]])
-    require("profile" in parameters, f'{path}: the cell tagged parameters has to set profile = "smoke"')
+    unknown = sorted(place.given.keys() - parameters.keys())
+    require(not unknown, f"{path}: no parameter {', '.join(unknown)}; its parameters are {', '.join(parameters)}")
     cells[tagged[0]]["source"] = ""  # its values count, not how they are written
     sources = _sources(trees.values())
     rows = {row for pattern in stage.rows for row in place.root.glob(pattern)} if place.profile == "paper" else ()
     return {
         "cells": [files.digest([cell["cell_type"], _tags(cell), cell["source"]]) for cell in cells],
-        "parameters": {name: repr(value) for name, value in {**parameters, "profile": place.profile}.items()},
+        "parameters": {name: repr(value) for name, value in {**parameters, **place.given}.items()},
         "sources": {str(source.relative_to(files.ROOT)): files.file_digest(source) for source in sources},
         "rows": {str(row.relative_to(place.root)): files.file_digest(row) for row in sorted(rows)},
     }

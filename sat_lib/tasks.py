@@ -98,7 +98,7 @@ TASKS: dict[str, Task] = {
         _digits("digits", length=1024),
         _digits("digits16", length=256),
         _text(
-            "docstrings", classes=_LIBRARIES, loader="docstrings", sizes={"train": 6_400, "test": 1_600},
+            "docstrings", classes=_LIBRARIES, loader="docstrings", sizes={"train": 3_200, "test": 800},
             published_dev_is_test=False, packages=("python", *_LIBRARIES),
         ),
         Task(

@@ -144,16 +144,17 @@ class Trainer:
         self.maps["scores"] = torch.stack(scores).float().cpu()
         self.maps["kept"] = torch.stack([layout.grid for layout in layouts]).cpu()
         self.transition_step = self.step
-        self.resume_sparse_phase(layouts)
+        self.rule = TransitionRule(recipe.theta, recipe.delta)  # done; its maps needn't go into every checkpoint
+        before = self.schedule.state_dict()
+        self._start_sparse_phase(layouts)
+        if self.schedule is not None and self.step + 1 < recipe.steps:
+            self.schedule.load_state_dict(before | {"last_epoch": self.step})
+            self.schedule.step()
 
-    def resume_sparse_phase(self, layouts: list[BlockLayout]) -> None:
-        """The sparse phase's model, optimiser and schedule, at the present step."""
-        recipe, before = self.config.recipe, self.schedule
+    def _start_sparse_phase(self, layouts: list[BlockLayout]) -> None:
+        recipe = self.config.recipe
         self.model.enter_sparse_phase(layouts)
         self._new_optimiser(recipe.rate / 2, scheduled=recipe.schedule_after == "continued")
-        if self.schedule is not None and self.step + 1 < recipe.steps:
-            self.schedule.load_state_dict(before.state_dict() | {"last_epoch": self.step})
-            self.schedule.step()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Score:
@@ -201,7 +202,7 @@ class Trainer:
         check_same_config(state["config"], self.config)
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
         if state["grids"] is not None:
-            self.resume_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
+            self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         if self.schedule is not None:

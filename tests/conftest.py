@@ -1,11 +1,12 @@
-"""Shared by all tests: a small data set, a small run, and the GPU marker."""
+"""Shared by all tests: a tiny task and the GPU marker."""
 
 import numpy as np
 import pytest
 import torch
 
 from sat_lib.datasets import Split, Splits
-from sat_lib.recipes import run_config
+from sat_lib.recipes import RunConfig, run_config
+from sat_lib.tasks import task
 
 
 def pytest_collection_modifyitems(items):
@@ -16,10 +17,25 @@ def pytest_collection_modifyitems(items):
         if "gpu" in item.keywords:
             item.add_marker(skip)
 
-
-DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda")]
-
-
-@pytest.fixture(params=DEVICES, ids=str)
+@pytest.fixture(params=[torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 def device(request):
     return request.param
+
+def tiny_splits(examples=40, seed=0) -> Splits:
+    """Ten classes told by the brightness of the first half of 256 tokens: a few steps learn something."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 10, examples)
+    tokens = random.integers(1, 20, (examples, 256))
+    tokens[:, :128] += 20 * labels[:, None]
+    split = Split(tokens.astype(np.uint8), np.arange(examples), labels)
+    order = np.arange(examples)
+    return Splits(task("digits16"), split.take(order[:24]), split.take(order[24:31]), split.take(order[31:]), "dev")
+
+def tiny_config(attention="sat", preset="released", model=None, **changes) -> RunConfig:
+    """A run of a second or two: 12 steps of 6 examples, switching at the end of step 4."""
+    sizes = {"width": 16, "hidden": 16, "block": 32} | (model or {})
+    recipe = {"steps": 12, "warm_up": 3, "eval_every": 4, "batch": 6, "density": 0.2, "switch_at": 4, "rate": 0.01}
+    if attention == "dense":
+        recipe["switch_at"] = None
+    return run_config("digits16", attention, preset, model=sizes, **(recipe | changes))
+

@@ -16,7 +16,7 @@ LEVELS = {
     "train": 6,
     "runs": 7,
     **dict.fromkeys(("experiments", "figures", "stages", "notebook_run"), 8),
-    **dict.fromkeys(("reproduce", "explore"), 9),
+    **dict.fromkeys(("reproduce", "explore", "paper"), 9),
     "__init__": 9,
     "__main__": 10,
 }

@@ -13,8 +13,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINNED = PROJECT["optional-dependencies"]["pinned"]
-# Import names that differ from the distribution's; papermill's own dependencies count as papermill.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "traitlets": "papermill", "yaml": "papermill"}
+# Import names that differ from the distribution's, or come with another one that cannot do without them.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "IPython": "jupyterlab"}
+DISTRIBUTIONS |= dict.fromkeys(("traitlets", "yaml"), "papermill")
 
 
 def names(requirements: list[str]) -> set[str]:

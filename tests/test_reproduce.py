@@ -136,6 +136,13 @@ def test_changed_parameters_are_named(root, capsys):
     assert dry_run(root, capsys)[1:] == ["parameter x: 1 -> 2", "parameter y: absent -> 'z'"]
 
 
+def test_given_parameters_count_and_have_to_exist(root, capsys):
+    assert reproduce.run(root=root, stages=(A,), parameters={"x": 3}, dry_run=True) == 0
+    assert "parameter x: 1 -> 3" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no parameter z; its parameters are profile, x"):
+        reproduce.run(root=root, stages=(A,), parameters={"z": 3})
+
+
 def test_outputs_that_changed_or_went_are_named(root, capsys):
     (root / "figures/smoke/a.csv").write_text("step,loss\n1,0.4\n")
     (root / "figures/smoke/a.pdf").unlink()
@@ -180,6 +187,18 @@ def test_committed_rows_count_at_the_paper_profile_only(tmp_path):
     assert changes(after["smoke"], after["paper"])[0] == "parameter profile: 'smoke' -> 'paper'"
 
 
+def test_rows_that_a_stage_measures_itself_do_not_make_it_stale(tmp_path, capsys):
+    stage = Stage("a", ("a.csv",), "", 1, rows=("data/results/a.jsonl",))
+    measure = 'from sat_lib.files import append_row\nappend_row("../data/results/a.jsonl", {"time_ms": 1})'
+    put_notebook(tmp_path, "a", measure, write_cell("a.csv"))
+    assert reproduce.run("paper", root=tmp_path, stages=(stage,)) == 0
+    assert reproduce.run("paper", root=tmp_path, stages=(stage,)) == 0
+    assert capsys.readouterr().out.endswith("everything is up to date\n")
+    files.append_row(tmp_path / "data/results/a.jsonl", {"time_ms": 2})
+    assert reproduce.run("paper", root=tmp_path, stages=(stage,), dry_run=True) == 0
+    assert "data/results/a.jsonl changed" in capsys.readouterr().out
+
+
 def test_another_environment_is_warned_of_and_kept(root, capsys):
     path = root / "runs/smoke/stages/a.json"
     state = json.loads(path.read_text())
@@ -196,7 +215,7 @@ def test_another_environment_is_warned_of_and_kept(root, capsys):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ("x = 1", "has to set profile"),
+        ("x = 1", "no parameter profile; its parameters are x"),
         ('profile = "smoke"\ny = 2 * 3', "`name = literal` only; got `y = 2 \\* 3`"),
         ('profile = "smoke"\nimport os', "`name = literal` only; got `import os`"),
     ],
@@ -243,8 +262,8 @@ def test_runs_that_do_not_count(tmp_path, capsys):
     stages = [Stage(name, (f"{name}.csv",), "", 0.1) for name in (*faults, "sound")]
     for name, fault in faults.items():
         put_notebook(tmp_path, name, write_cell(f"{name}.csv"), fault)
-    put_notebook(tmp_path, "sound", write_cell("sound.csv"))
-    assert reproduce.run(root=tmp_path, stages=tuple(stages)) == 1
+    put_notebook(tmp_path, "sound", write_cell("sound.csv"), "assert x == 2")
+    assert reproduce.run(root=tmp_path, stages=tuple(stages), parameters={"x": 2}) == 1
     printed = capsys.readouterr().out
     assert "cell 4 raised SystemExit:\n    " in printed and "| sys.exit(0)" in printed
     assert "Kernel died" in printed and "cell 4 wasn't executed to its end" in printed
@@ -252,7 +271,7 @@ def test_runs_that_do_not_count(tmp_path, capsys):
     assert printed.rstrip().endswith("failed: exits, dies, strays")
     notebooks = {path.name for path in (tmp_path / "runs/smoke/notebooks").iterdir()}
     assert notebooks == {"exits.failed.ipynb", "dies.failed.ipynb", "strays.failed.ipynb", "sound.ipynb"}
-    assert dry_run(tmp_path, capsys, *stages)[-1] == "sound: up to date"
+    assert dry_run(tmp_path, capsys, stages[-1])[1:] == ["parameter x: 2 -> 1"]
     assert "its last run failed" in dry_run(tmp_path, capsys, stages[0])
 
 

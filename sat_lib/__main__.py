@@ -1,0 +1,167 @@
+"""The command line: python -m sat_lib data | train | bench | reproduce."""
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import files
+from .errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 0, 1 (a stage failed), 2 (input to mend), 3 (training stopped)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (InputError, OSError) as error:
+        print(f"sat_lib: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
+    commands = parser.add_subparsers(required=True, metavar="data | train | bench | reproduce")
+    _data_options(commands.add_parser("data", help="list the tasks, prepare a task's token cache"))
+    _train_options(commands.add_parser("train", help="train one model, or go on where an earlier run stopped"))
+    _bench_options(commands.add_parser("bench", help="measure an experiment's rows and print them"))
+    _reproduce_options(commands.add_parser("reproduce", help="run the notebooks; draw the figures"))
+    return parser
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="list | prepare")
+    listing = actions.add_parser("list", help="tasks, their sizes, and which are ready")
+    listing.set_defaults(run=_data_list)
+    prepare = actions.add_parser("prepare", help="download (or take from --source) and cache a task's tokens")
+    prepare.add_argument("task")
+    prepare.add_argument("--source", type=Path, help="folder with the official files, instead of downloading them")
+    prepare.set_defaults(run=_data_prepare)
+
+
+def _data_list(options) -> int:
+    from . import datasets
+
+    for row in datasets.describe():
+        splits = ", ".join(f"{name} {count:,}" for name, count in (row["splits"] or {}).items())
+        shape = f"{row['kind']:8} L {row['length']:5} {row['classes']:3} classes"
+        print(f"{row['name']:12} {shape}  {row['state']:12} {splits}")
+    return 0
+
+
+def _data_prepare(options) -> int:
+    from . import datasets
+
+    folder = datasets.prepare(options.task, source=options.source)
+    print(f"{options.task} is ready in {folder}")
+    return 0
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", help="see: python -m sat_lib data list")
+    parser.add_argument("--attention", default="sat", help="dense or sat (default)")
+    parser.add_argument("--preset", default="released", help="released (default) or continued: the schedule goes on")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe fields: steps=500 seed=1")
+    parser.add_argument("--model", nargs="*", default=[], metavar="NAME=VALUE", help="model fields: block=64 layers=1")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--folder", type=Path, help="the run's folder (default: runs/train/<name of the run>)")
+    parser.set_defaults(run=_train)
+
+
+def _train(options) -> int:
+    from . import datasets, runs, timing
+    from .recipes import run_config
+
+    config = run_config(
+        options.task, options.attention, options.preset, model=_settings(options.model), **_settings(options.set)
+    )
+    device = timing.pick_device(options.device)
+    folder = options.folder or files.ROOT / "runs" / "train" / config.name
+    data = datasets.load(options.task, protocol=config.recipe.protocol)
+    print(f"{config.name} on {timing.device_name(device)}: {len(data.train):,} training examples, in {folder}")
+    try:
+        result = runs.fit(config, data, folder, device)
+    except runs.NonFiniteLoss as error:
+        print(f"sat_lib: {error}", file=sys.stderr)
+        return 3
+    switched = result["transition_step"]
+    print(f"transition: {'none' if switched is None else f'step {switched}'}; judged in the {result['phase']} phase")
+    for phase, best in result["best"].items():
+        print(f"best of the {phase} phase: step {best['step']}, dev {best['dev_accuracy']:.4f}, "
+              f"test {best['test_accuracy']:.4f} of {best['test_examples']:,}")  # fmt: skip
+    return 0
+
+
+def _settings(pairs: list[str]) -> dict:
+    """["steps=500", "precision=fp32"] -> {"steps": 500, "precision": "fp32"}."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"settings: wanted NAME=VALUE; got {pair!r}")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name] = value
+    return settings
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="attention, step_time, time_breakdown, scaling, training, ...")
+    parser.add_argument("--profile", default="smoke", help="smoke (default) or paper; paper rows go to data/results")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="cases with these values alone")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options) -> int:
+    from . import experiments
+
+    frame = experiments.rows(
+        options.experiment, options.profile, device=options.device, only=_settings(options.only), report=True
+    )
+    print(experiments.table(frame))
+    if options.experiment == "attention":
+        times = frame.set_index("kind")["forward_backward_ms"]
+        ratio = times["dense"] / times["sat"]
+        print(f"dense (SDPA) / block-sparse, forward + backward, medians of one run: {ratio:.2f}x")
+    return 0
+
+
+# ---- reproduce -------------------------------------------------------------------------------------------------------
+
+
+def _reproduce_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stages", nargs="*", help="names or beginnings of names, such as 03; default: all")
+    parser.add_argument("--profile", default="smoke", help="smoke (default): on a laptop; paper: GPU and real data")
+    parser.add_argument("--force", action="store_true", help="run stages that are up to date too")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and why")
+    parser.add_argument("--figures-only", action="store_true", help="draw from the committed rows, measure nothing")
+    parser.set_defaults(run=_reproduce)
+
+
+def _reproduce(options) -> int:
+    if options.figures_only:
+        from .paper import draw_committed
+
+        return draw_committed()
+    from .reproduce import run
+
+    return run(options.profile, tuple(options.stages), force=options.force, dry_run=options.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

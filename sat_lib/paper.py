@@ -1,0 +1,63 @@
+"""Figures and tables of the paper scale from committed rows, and the tables that README and REPRODUCE quote."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from . import experiments, figures, files
+from .errors import require
+
+DOCUMENTS = ("README.md", "REPRODUCE.md")
+QUOTED = re.compile(r"(<!-- (figures/paper/[\w.]+\.md) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def draw_committed(root: Path = files.ROOT) -> int:
+    """Draw every figure and table that data/results has rows for, and say which it hasn't.
+
+    Also renews the tables quoted in README.md and REPRODUCE.md. Returns the exit status, 0.
+    """
+    for stage, (experiment, draw) in figures.FIGURES.items():
+        rows = experiments.rows(experiment, "paper", measure=False, root=root)
+        missing = rows.attrs["missing"]
+        if not len(rows):
+            print(f"{stage:18} no rows yet: python -m sat_lib bench {experiment} --profile paper (GPU)")
+            continue
+        figure, drawn = draw(rows)
+        figures.save(stage, "paper", figure, drawn, rows, root)
+        if experiment == "accuracy":
+            figures.save_table(f"{stage}_table", "paper", figures.accuracy_table(rows), root)
+        absent = f", {missing} cases without a row yet" if missing else ""
+        print(f"{stage:18} {len(rows)} rows from {rows['device'][0]}{absent}")
+    smoke = files.read_rows(root / "data/results/smoke.jsonl")
+    if smoke:
+        figures.save_table("smoke", "paper", smoke_table(smoke[-1]), root)
+    for name in DOCUMENTS:
+        quote(root / name, root)
+    return 0
+
+
+def smoke_table(row: dict) -> pd.DataFrame:
+    """The stages of one recorded smoke reproduction."""
+    stages = [(stage["stage"], round(stage["seconds"]), stage["look"]) for stage in row["stages"]]
+    return pd.DataFrame(stages, columns=["stage", "seconds", "look at"])
+
+
+def quote(document: Path, root: Path) -> None:
+    """Put the present text of each table between its two marks in a document.
+
+    Raises:
+        InputError: a mark names a table that isn't there.
+    """
+    if not document.exists():
+        return
+
+    def renewed(match: re.Match) -> str:
+        table = root / match[2]
+        require(table.exists(), f"{document.name} quotes {match[2]}, which doesn't exist. Make it, or drop the marks")
+        return match[1] + table.read_text() + match[4]
+
+    before = document.read_text()
+    after = QUOTED.sub(renewed, before)
+    if after != before:
+        files.write(document, after)
