@@ -176,6 +176,16 @@ def describe(root: Path | None = None) -> list[dict]:
     return rows
 
 
+def provenance(name: str, root: Path | None = None) -> dict:
+    """What a result says of its data: `data_digest` of a prepared cache's files, and `data_official`.
+
+    The latter is whether they come from files whose published checksum held, or are made by the package itself.
+    """
+    meta = _verified(task(name), _root(root) / name, hashes=False)
+    parts = {part: record["sha256"] for part, record in meta["files"].items()}
+    return {"data_digest": files.digest(parts), "data_official": task(name).embedded or meta["verified"]}
+
+
 def _root(root: Path | None) -> Path:
     return Path(root) if root is not None else files.ROOT / "data" / "cache"
 

@@ -117,6 +117,7 @@ def train(case: dict, context: Context) -> dict:
         "sparse_best": result["best"].get("sparse"),
         "test_examples": result["best"][result["phase"]]["test_examples"],
         "train_examples": len(data.train),
+        **datasets.provenance(config.recipe.task),
         "maps": maps,
         "history": _thinned(files.read_rows(folder / "metrics.jsonl")),
     }

@@ -332,7 +332,7 @@ def provenance(profile: str, rows: pd.DataFrame) -> dict:
     """Where rows come from: commits, devices, versions, seeds, dates, how many cases are missing, a digest of all."""
     several = {
         name: sorted({str(value) for value in rows[name]})
-        for name in ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed")
+        for name in ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed", "data_digest")
         if name in rows
     }
     return {
@@ -340,6 +340,7 @@ def provenance(profile: str, rows: pd.DataFrame) -> dict:
         **several,
         "measured": [min(rows["date"]), max(rows["date"])],
         "cases": len(rows),
+        "official_data": bool(rows["data_official"].all()) if "data_official" in rows else None,
         "missing_cases": rows.attrs.get("missing", 0),
         "rows_digest": files.digest(json.loads(rows.to_json(orient="records"))),
         "stage": os.environ.get("SAT_LIB_STAGE"),
@@ -350,6 +351,8 @@ def _face(profile: str, said: dict) -> str:
     text = f"{', '.join(said['device'])}; PyTorch {', '.join(said['torch'])}"
     if profile == "smoke":
         text = f"smoke profile, not the paper's set-up: small runs on {text}"
+    if said["official_data"] is False:
+        text += "; data without the official archive's checksum"
     if said["missing_cases"]:
         text += f"; {said['missing_cases']} of {said['cases'] + said['missing_cases']} cases not measured yet"
     return text

@@ -209,7 +209,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise InputError(
-            f"checkpoint: {path} can't be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"checkpoint: {path} can't be read ({type(error).__name__} {str(error).partition(chr(10))[0]}). "
             "Delete it to train this run again"
         ) from error
 
