@@ -53,7 +53,7 @@ test: setup  ## run the tests
 
 lint: setup  ## check the style of code and notebooks, and that notebooks carry no output
 	@$(VENV) -m ruff check sat_lib tests notebooks
-	@$(if $(NOTEBOOKS),$(VENV) -m nbstripout --verify --extra-keys "$(OUTPUT_KEYS)" $(NOTEBOOKS))
+	@$(if $(NOTEBOOKS),$(VENV) -m nbstripout --verify --keep-id --extra-keys "$(OUTPUT_KEYS)" $(NOTEBOOKS))
 
 lab: setup  ## open the notebooks in JupyterLab
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV) -m jupyterlab notebooks

@@ -38,13 +38,13 @@ STAGES = (
         "02_training",
         "At the transition the skewness of every layer is above theta and the change of its distance below delta; "
         "the loss goes on falling in the sparse phase.",
-        3,
+        1,
     ),
     _figure(
         "03_accuracy",
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
-        4,
+        15,
         "03_accuracy_table.csv",
         "03_accuracy_table.md",
     ),
@@ -61,8 +61,8 @@ STAGES = (
     ),
     _figure(
         "06_ablations",
-        "Attention mass kept and overlap with the best layout, by initialisation of the sparsity parameter (the "
-        "released one keeps what a random choice keeps), and what each is worth in accuracy.",
+        "Test accuracy and the step of the transition as theta, delta, the density and the block size change one at a "
+        "time: a higher theta switches later, a wider delta earlier, the density doesn't move it.",
         4,
     ),
     _figure(
