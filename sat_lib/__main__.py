@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +151,7 @@ def _reproduce_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="run stages that are up to date too")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and why")
     parser.add_argument("--figures-only", action="store_true", help="draw from the committed rows, measure nothing")
+    parser.add_argument("--record", action="store_true", help="append the stages' times to data/results")
     parser.set_defaults(run=_reproduce)
 
 
@@ -160,7 +162,11 @@ def _reproduce(options) -> int:
         return draw_committed()
     from .reproduce import run
 
-    return run(options.profile, tuple(options.stages), force=options.force, dry_run=options.dry_run)
+    status = run(options.profile, tuple(options.stages), force=options.force, dry_run=options.dry_run)
+    if options.record and status == 0:
+        summary = json.loads((files.ROOT / "figures" / options.profile / "summary.json").read_text())
+        files.append_row(files.ROOT / "data" / "results" / f"{options.profile}.jsonl", summary)
+    return status
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def draw_committed(root: Path = files.ROOT) -> int:
 
 def smoke_table(row: dict) -> pd.DataFrame:
     """The stages of one recorded smoke reproduction."""
-    stages = [(stage["stage"], round(stage["seconds"]), stage["look"]) for stage in row["stages"]]
+    stages = [(stage["stage"], round(stage["seconds"]), stage["look at"]) for stage in row["stages"]]
     return pd.DataFrame(stages, columns=["stage", "seconds", "look at"])
 
 

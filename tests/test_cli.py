@@ -1,0 +1,91 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import tiny_splits
+
+from sat_lib import datasets, experiments, figures, files, paper
+from sat_lib.__main__ import main
+
+
+@pytest.mark.parametrize("command", [[], ["data"], ["train"], ["bench"], ["reproduce"]])
+def test_help_of_every_command(command):
+    ended = subprocess.run([sys.executable, "-m", "sat_lib", *command, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "usage: python -m sat_lib" in ended.stdout
+
+
+def test_train_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: tiny_splits())
+    command = ["train", "digits16", "--folder", str(tmp_path), "--device", "cpu", "--model", "width=16", "block=32", "--set",
+               "steps=6", "warm_up=2", "eval_every=3", "batch=6", "switch_at=3", "density=0.2"]  # fmt: skip
+    assert main(command) == 0
+    assert "transition: step 3; judged in the sparse phase" in capsys.readouterr().out
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "mnist"], "no task 'mnist'"),
+        (["train", "digits16", "--attention", "linear"], "attention: wanted one of"),
+        (["train", "digits16", "--set", "density=0.0001", "steps"], "wanted NAME=VALUE; got 'steps'"),
+        (["train", "digits16", "--model", "heads=3"], "3 heads don't divide"),
+        (["data", "prepare", "imdb"], "--source"),
+        (["bench", "speed"], "experiment: wanted one of"),
+        (["bench", "attention", "--profile", "huge"], "profile: wanted one of"),
+        (["reproduce", "99_nothing"], "99_nothing"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def small_shape(_profile):
+    shape = {"batch": 1, "heads": 1, "head_size": 8, "block": 16, "density": 0.3, "dtype": "float32"}
+    return [{**shape, "length": n, "kind": kind} for n in (32, 64) for kind in ("dense", "sat")]
+
+
+def test_rows_are_measured_once_stored_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.EXPERIMENTS, "scaling", (small_shape, experiments.attention_time))
+    empty = experiments.rows("scaling", device="cpu", measure=False, root=tmp_path)
+    assert (len(empty), empty.attrs["missing"]) == (0, 4)
+    some = experiments.rows("scaling", device="cpu", only={"length": 32}, root=tmp_path)
+    first = experiments.rows("scaling", device="cpu", root=tmp_path)
+    again = experiments.rows("scaling", device="cpu", root=tmp_path)
+    assert (len(some), len(first)) == (2, 4)
+    assert first["forward_backward_ms"].tolist() == again["forward_backward_ms"].tolist()
+    assert first["operations"].tolist() == [32**2 * 33, 16 * 16 * 33, 64**2 * 33, 4 * 256 * 33]
+    figure, drawn = figures.scaling(first)
+    written = figures.save("07_scaling", "smoke", figure, drawn, first, root=tmp_path)
+    assert all(path.stat().st_size > 0 for path in written)
+    assert "smoke profile, not the paper's set-up" in figure._supxlabel.get_text()
+
+
+def test_operations_of_sat_are_those_of_its_kept_entries():
+    case = {"batch": 2, "heads": 3, "length": 96, "head_size": 8, "block": 32, "density": 0.5}
+    layout = experiments._layout(case, experiments.timing.pick_device("cpu"))
+    assert experiments.attention_operations(case, layout) == 2 * 3 * layout.kept_blocks * 32 * 32 * 33
+    assert experiments.attention_operations(case, None) == 2 * 3 * 96 * 96 * 33
+
+
+@pytest.mark.parametrize("name", paper.DOCUMENTS)
+def test_the_documents_quote_the_present_tables(name, tmp_path):
+    text = (files.ROOT / name).read_text()
+    (tmp_path / name).write_text(text)
+    (tmp_path / "figures").symlink_to(files.ROOT / "figures")
+    paper.quote(tmp_path / name, tmp_path)
+    assert (tmp_path / name).read_text() == text, "run `make figures`"
+    assert len(paper.QUOTED.findall(text)) >= 1
+
+
+def test_committed_rows_have_their_provenance():
+    for path in sorted((files.ROOT / "data/results").glob("*.jsonl")):
+        for row in files.read_rows(path):
+            stamp = row.get("stamp", row)
+            assert stamp["commit"] not in (None, "unknown"), path.name
+            assert stamp["device"], path.name
