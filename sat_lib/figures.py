@@ -81,7 +81,7 @@ def _curves(axes: np.ndarray, history: pd.DataFrame, transition: float | None) -
     for axis, name in ((skewness, "skewness"), (distance, "distance")):
         for layer, line in enumerate(np.array(learning[name].tolist(), float).T):
             axis.plot(learning["step"], line, linewidth=0.8, label=f"layer {layer + 1}")
-        axis.set(xlabel="step of the dense phase", ylabel=f"{name} of the mean map")
+        axis.set(xlabel="step of the dense phase", ylabel=name)
         axis.legend(frameon=False)
     for axis in axes:
         if transition is not None and not np.isnan(transition):

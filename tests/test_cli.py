@@ -17,8 +17,8 @@ def test_help_of_every_command(command):
 
 def test_train_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load", lambda *_, **__: tiny_splits())
-    command = ["train", "digits16", "--folder", str(tmp_path), "--device", "cpu", "--model", "width=16", "block=32", "--set",
-               "steps=6", "warm_up=2", "eval_every=3", "batch=6", "switch_at=3", "density=0.2"]  # fmt: skip
+    command = ["train", "digits16", "--folder", str(tmp_path), "--device", "cpu", "--model", "width=16", "block=32"]
+    command += ["--set", "steps=6", "warm_up=2", "eval_every=3", "batch=6", "switch_at=3", "density=0.2"]
     assert main(command) == 0
     assert "transition: step 3; judged in the sparse phase" in capsys.readouterr().out
     assert main(command) == 0
