@@ -511,13 +511,13 @@ def test_docstrings_of_installed_libraries(tmp_path, monkeypatch, capsys):
 
 def test_docstrings_rules(tmp_path, monkeypatch):
     """Tests, vendored and short docstrings stay out, duplicates stay once, files go whole, nothing is imported."""
-    long = lambda text: f'"""{text} {"." * 80}"""\n'
+    long = lambda text: f'"""{text} {"." * 320}"""\n'
     source = {}
     for k in range(40):
         body = "raise SystemExit('imported')\n" + f"def f():\n    {long(f'first of {k}')}"
         source[f"m{k}.py"] = long("common to all") + body + f"class C:\n    {long(f'second of {k}')}"
     source |= {"tests/m.py": long("a test"), "externals/m.py": long("vendored"), "test_x.py": long("a test file")}
-    source |= {"short.py": '"""Too short."""\n', "broken.py": "def f(:\n" + long("unparsable")}
+    source |= {"short.py": '"""Too short' + "." * 280 + '"""\n', "broken.py": "def f(:\n" + long("unparsable")}
     for library in ("liba", "libb"):
         for name, text in source.items():
             path = tmp_path / library / name
