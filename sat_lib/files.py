@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,18 @@ def source_files(*modules: str) -> list[Path]:
 def source_digest(*modules: str) -> str:
     """Digest of the source text behind the named modules: it changes when any file they import changes."""
     return digest({path.name: file_digest(path) for path in source_files(*modules)})
+
+
+def commit(root: Path = ROOT) -> str:
+    """The checkout's commit, "-dirty" appended where code or notebooks differ; else $SAT_LIB_COMMIT; else "unknown"."""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "--", "sat_lib", "notebooks"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SAT_LIB_COMMIT", "unknown")
+    return head.stdout.strip() + ("-dirty" if changed else "")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 
+from .datasets import PROTOCOLS
 from .errors import require
 from .files import digest
 from .model import ModelConfig, model_config
@@ -9,7 +10,6 @@ from .tasks import task
 
 PRESETS = ("released", "continued")
 PRECISIONS = ("fp32", "bf16")
-PROTOCOLS = ("dev", "published")
 
 
 @dataclass(frozen=True)

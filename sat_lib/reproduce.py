@@ -55,8 +55,7 @@ STAGES = (
     ),
     _figure(
         "05_time_breakdown",
-        "The dense softmax is the longest attention operation and gains most from sparsity (published: softmax 37.3 "
-        "times, SDDMM 1.6 times, SpMM 2.3 times).",
+        "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, SpMM 2.3).",
         1,
     ),
     _figure(
@@ -68,7 +67,7 @@ STAGES = (
     _figure(
         "07_scaling",
         "Time and peak memory over sequence length and density: dense attention grows with the square of the length, "
-        "SAT with its kept blocks (published: up to 6.87 times less memory).",
+        "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less).",
         1,
     ),
 )
@@ -254,7 +253,7 @@ def _summarise(place: Place, stages: tuple[Stage, ...]) -> None:
     files.write(place.figures / "summary.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
     summary = {
         "profile": place.profile,
-        "commit": _commit(place.root),
+        "commit": files.commit(place.root),
         "environment": environment(),
         "device": _device(),
         "total_seconds": round(sum(state.get("seconds", 0) for state in states.values()), 1),
@@ -277,19 +276,6 @@ def _summary_row(stage: Stage, state: dict) -> dict:
         "written": written if finished else f"nothing ({state['status']})",
         "look at": stage.look,
     }
-
-
-def _commit(root: Path) -> str | None:
-    """The checkout's commit, "-dirty" appended where code or notebooks differ from it; None outside a checkout."""
-    if not shutil.which("git"):
-        return None
-    ask = ["git", "-C", str(root)]
-    head = subprocess.run([*ask, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    status = [*ask, "status", "--porcelain", "--", "sat_lib", "notebooks"]
-    changed = subprocess.run(status, capture_output=True, check=True)
-    return head.stdout.strip() + ("-dirty" if changed.stdout else "")
 
 
 def _device() -> str:

@@ -5,7 +5,6 @@ import datetime
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import files
 from .errors import require
 
 FLUSH_BYTES = 256 * 2**20  # written between timed calls on a GPU: several times its L2 cache
@@ -133,7 +133,7 @@ def device_name(device: torch.device) -> str:
 def stamp(device: torch.device) -> dict:
     """Where a number comes from: commit, device, versions, time (UTC, to the second)."""
     return {
-        "commit": commit(),
+        "commit": files.commit(),
         "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -141,17 +141,3 @@ def stamp(device: torch.device) -> dict:
         "numpy": metadata.version("numpy"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, "-dirty" appended where files differ from it; else $SAT_LIB_COMMIT; else "unknown"."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", "sat_lib"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SAT_LIB_COMMIT", "unknown")
-    return head[:12] + ("-dirty" if changed else "")
