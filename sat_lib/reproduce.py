@@ -55,7 +55,8 @@ STAGES = (
     ),
     _figure(
         "05_time_breakdown",
-        "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, SpMM 2.3).",
+        "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, "
+        "SpMM 2.3).",
         1,
     ),
     _figure(
