@@ -77,7 +77,8 @@ def dry_run(root: Path, capsys, *stages: Stage) -> list[str]:
 
 
 def script(root: Path, *stages: Stage) -> list[str]:
-    code = "import sys\nfrom sat_lib.reproduce import Stage, run\n"
+    code = "import signal, sys\nfrom sat_lib.reproduce import Stage, run\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job of `sh -c '... &'` inherits it ignored
     return [sys.executable, "-c", code + f"status = run(root={str(root)!r}, stages={stages!r})\nsys.exit(status)"]
 
 
