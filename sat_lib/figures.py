@@ -8,6 +8,7 @@ writes figures/smoke/04_step_time.pdf, .png, .csv (what is drawn) and .json (whe
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -214,7 +215,7 @@ def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         sns.despine(ax=axis)
     for axis in axes[:, 0]:
         axis.set_ylabel("forward (ms, median)")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure, drawn
 
 
@@ -301,7 +302,8 @@ def save(
     """
     require(len(rows) > 0, f"rows: there are none for {stage} at the {profile} profile; nothing to draw")
     folder, said = Path(root) / "figures" / profile, provenance(profile, rows)
-    figure.supxlabel(_face(profile, said), fontsize=7, color="0.35")
+    face = textwrap.fill(_face(profile, said), int(16 * figure.get_figwidth()))  # 16 letters of 7 pt to the inch
+    figure.supxlabel(face, fontsize=7, color="0.35")
     written = []
     for kind, settings in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {})):
         with files.atomic_path(folder / f"{stage}.{kind}") as path:
