@@ -1,0 +1,319 @@
+// Fused block-sparse attention: O = softmax(scale Q K^T over the kept blocks) V, never writing the scores.
+//
+//   forward    p_ij = exp(s_ij) / z_i,  z_i = sum over kept j of exp(s_ij) [+ pruned keys, under the "zero" rule]
+//              O_i = sum_j p_ij V_j,  LSE_i = log z_i
+//   backward   delta_i = dO_i . O_i,  dS_ij = p_ij (dO_i . V_j - delta_i)
+//              dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
+//
+// q (B, H, Lq, d), k and v (B, H, Lk, d); padding keys weigh 0; a row without keys gives 0 and takes no gradient.
+//
+// Plan: a warp owns 16 M rows of one head and walks through their list of kept blocks, 8 N columns at a time. Forward:
+// rows are queries. Backward: one launch with two roles, neighbours in the grid so that a head's second read hits L2:
+// row tiles gather dQ, column tiles gather dK and dV. Nobody adds to anybody else's result, so there are no atomics and
+// the same input gives the same bits. Every score is computed twice for that, which costs less than one more tensor.
+// delta is recomputed where it is needed: a dot product from L2 instead of another pass over dO and O.
+
+#include "common.cuh"
+
+namespace sat {
+namespace {
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <class F, int P, int M, int N, bool held, int resident>
+__global__ void __launch_bounds__(kThreads, resident) forward_kernel(const Attention p) {
+  const Lane lane;
+  const Shape& shape = p.shape;
+  const int parts = thread_blocks(shape.queries, 16 * M);
+  const Tile tile(shape, blockIdx.x / parts, blockIdx.x % parts, 16 * M, shape.queries);
+  if (!tile.inside) return;
+  const int width = shape.head_size * F::kBytes;
+  const Matrix q(p.q, tile.b, tile.h, shape.queries, width);
+  const Matrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
+  const Matrix out(p.out, tile.b, tile.h, shape.queries, width);
+  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const float scale = p.scale * kLog2e;
+
+  const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
+  const Rows<F, P, M, held> queries(q, tile.first, lane);
+  const float pruned = p.pruned_weigh ? static_cast<float>(pruned_keys(list, p.layout, shape.keys)) : 0;
+  RunningSoftmax rows[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m) rows[m][0].start(pruned, lane), rows[m][1].start(pruned, lane);
+  Sums<M, P> sums;
+  clear<M, P>(sums);
+
+  for (int i = list.begin; i < list.end; ++i) {
+    const int start = __ldg(p.layout.row_columns + i) << p.layout.block_log2;
+    const int end = min(start + p.layout.block, shape.keys);
+    for (int first = start; first < end; first += 8 * N) {
+      float scores[M][N][4], factors[M][2];
+      multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
+      mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+      soften<M, N>(scores, rows, factors, scale);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int c = 0; c < P; ++c)
+#pragma unroll
+          for (int x = 0; x < 4; ++x)
+#pragma unroll
+            for (int y = 0; y < 4; ++y) sums[m][c][x][y] *= factors[m][y / 2];
+      multiply_scores<F, M, N, P>(sums, scores, v, first, lane);
+    }
+  }
+
+  float* lse = p.lse + (int64_t{tile.b} * shape.heads + tile.h) * shape.queries;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.first + 16 * m + 8 * half + lane.g;
+      const float whole = quad_sum(rows[m][half].total);
+      store_sums<F, M, P>(out, row, sums, m, half, whole > 0 ? 1 / whole : 0, lane);
+      if (lane.t == 0 && row < shape.queries) lse[row] = RunningSoftmax::lse(rows[m][half].peak, whole);
+    }
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <class F>
+__device__ inline float dot(const Piece& x, const Piece& y) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kHalf<F>) {
+      const float2 a = F::unpack(x.w[i]), b = F::unpack(y.w[i]);
+      sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+    } else {
+      sum = fmaf(__uint_as_float(x.w[i]), __uint_as_float(y.w[i]), sum);
+    }
+  }
+  return sum;
+}
+
+// delta of one row, the same in all four lanes of the quad.
+template <class F, int P>
+__device__ inline float row_delta(const Matrix& grad, const Matrix& out, int row, Lane lane) {
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < P * F::kBytes / 2; ++c) {
+    const int byte = 64 * c + 16 * lane.t;
+    sum += dot<F>(grad.template load<16>(row, byte), out.template load<16>(row, byte));
+  }
+  return quad_sum(sum);
+}
+
+template <class F, int P, int M, int N, bool held>
+__device__ inline void gather_queries(const Attention& p, int64_t head, int part) {
+  const Lane lane;
+  const Shape& shape = p.shape;
+  const Tile tile(shape, head, part, 16 * M, shape.queries);
+  if (!tile.inside) return;
+  const int width = shape.head_size * F::kBytes;
+  const Matrix q(p.q, tile.b, tile.h, shape.queries, width), grad(p.grad_out, tile.b, tile.h, shape.queries, width);
+  const Matrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
+  const Matrix out(p.out, tile.b, tile.h, shape.queries, width);
+  const Matrix grad_q(p.grad_q, tile.b, tile.h, shape.queries, width);
+  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const float* lse = p.lse + head * shape.queries;
+  const float scale = p.scale * kLog2e;
+
+  const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
+  Sums<M, P> sums;
+  clear<M, P>(sums);
+  if (list.begin < list.end) {
+    const Rows<F, P, M, held> queries(q, tile.first, lane), grads(grad, tile.first, lane);
+    float base[M][2], delta[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.first + 16 * m + 8 * half + lane.g;
+        base[m][half] = row < shape.queries ? __ldg(lse + row) * kLog2e : INFINITY;
+        delta[m][half] = row_delta<F, P>(grad, out, row, lane);
+      }
+    for (int i = list.begin; i < list.end; ++i) {
+      const int start = __ldg(p.layout.row_columns + i) << p.layout.block_log2;
+      const int end = min(start + p.layout.block, shape.keys);
+      for (int first = start; first < end; first += 8 * N) {
+        float scores[M][N][4], grad_weights[M][N][4];
+        multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
+        multiply_rows<F, P, M, N>(grad_weights, grads, v, first, lane);
+        mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int x = 0; x < 4; ++x) {
+              const float weight = exp2f(fmaf(scores[m][j][x], scale, -base[m][x / 2]));
+              scores[m][j][x] = weight * (grad_weights[m][j][x] - delta[m][x / 2]);
+            }
+        multiply_scores<F, M, N, P>(sums, scores, k, first, lane);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      store_sums<F, M, P>(grad_q, tile.first + 16 * m + 8 * half + lane.g, sums, m, half, p.scale, lane);
+}
+
+template <class F, int P, int M, int N, bool held>
+__device__ inline void gather_keys(const Attention& p, int64_t head, int part) {
+  const Lane lane;
+  const Shape& shape = p.shape;
+  const Tile tile(shape, head, part, 16 * M, shape.keys);
+  if (!tile.inside) return;
+  const int width = shape.head_size * F::kBytes;
+  const Matrix q(p.q, tile.b, tile.h, shape.queries, width), grad(p.grad_out, tile.b, tile.h, shape.queries, width);
+  const Matrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
+  const Matrix out(p.out, tile.b, tile.h, shape.queries, width);
+  const Matrix grad_k(p.grad_k, tile.b, tile.h, shape.keys, width);
+  const Matrix grad_v(p.grad_v, tile.b, tile.h, shape.keys, width);
+  const float* lse = p.lse + head * shape.queries;
+  const float scale = p.scale * kLog2e;
+
+  const List list(p.layout.column_offsets, p.layout, p.layout.columns, tile.h, tile.first >> p.layout.block_log2);
+  Sums<M, P> sums_k, sums_v;
+  clear<M, P>(sums_k);
+  clear<M, P>(sums_v);
+  if (list.begin < list.end) {
+    const Rows<F, P, M, held> keys(k, tile.first, lane), values(v, tile.first, lane);
+    bool real[M][2];  // padding keys take no gradient
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = tile.first + 16 * m + 8 * half + lane.g;
+        real[m][half] = key < shape.keys && (!p.key_mask || __ldg(p.key_mask + int64_t{tile.b} * shape.keys + key));
+      }
+    for (int i = list.begin; i < list.end; ++i) {
+      const int start = __ldg(p.layout.column_rows + i) << p.layout.block_log2;
+      const int end = min(start + p.layout.block, shape.queries);
+      for (int first = start; first < end; first += 8 * N) {
+        float weights[M][N][4], grads[M][N][4];  // transposed: rows are keys, columns are queries
+        multiply_rows<F, P, M, N>(weights, keys, q, first, lane);
+        multiply_rows<F, P, M, N>(grads, values, grad, first, lane);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const float read = row_delta<F, P>(grad, out, first + read_row<N>(j, lane.g), lane);
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const float delta = __shfl_sync(kAll, read, 4 * (2 * lane.t + x));
+            const int query = first + held_column<N>(j, lane.t) + x;
+            const float base = query < shape.queries ? __ldg(lse + query) * kLog2e : INFINITY;
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                float& weight = weights[m][j][2 * half + x];
+                float& grad_weight = grads[m][j][2 * half + x];
+                weight = real[m][half] ? exp2f(fmaf(weight, scale, -base)) : 0;
+                grad_weight = weight * (grad_weight - delta);
+              }
+          }
+        }
+        multiply_scores<F, M, N, P>(sums_v, weights, grad, first, lane);
+        multiply_scores<F, M, N, P>(sums_k, grads, q, first, lane);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.first + 16 * m + 8 * half + lane.g;
+      store_sums<F, M, P>(grad_k, row, sums_k, m, half, p.scale, lane);
+      store_sums<F, M, P>(grad_v, row, sums_v, m, half, 1, lane);
+    }
+}
+
+template <class F, int P, int M, int N, bool held, int resident>
+__global__ void __launch_bounds__(kThreads, resident) backward_kernel(const Attention p) {
+  const int row_parts = thread_blocks(p.shape.queries, 16 * M);
+  const int parts = row_parts + thread_blocks(p.shape.keys, 16 * M);
+  const int64_t head = blockIdx.x / parts;
+  const int part = blockIdx.x % parts;
+  if (part < row_parts)
+    gather_queries<F, P, M, N, held>(p, head, part);
+  else
+    gather_keys<F, P, M, N, held>(p, head, part - row_parts);
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+template <class F, int P, int M, int N, bool held, int resident>
+cudaError_t launch_forward(const Attention& p, cudaStream_t stream) {
+  const int64_t grid = int64_t{p.shape.batch} * p.shape.heads * thread_blocks(p.shape.queries, 16 * M);
+  forward_kernel<F, P, M, N, held, resident><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class F, int P, int M, int N, bool held, int resident>
+cudaError_t launch_backward(const Attention& p, cudaStream_t stream) {
+  const int parts = thread_blocks(p.shape.queries, 16 * M) + thread_blocks(p.shape.keys, 16 * M);
+  const int64_t grid = int64_t{p.shape.batch} * p.shape.heads * parts;
+  backward_kernel<F, P, M, N, held, resident><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+#ifndef FWD_M
+#define FWD_M 2
+#define FWD_N (kHalf<F> ? 4 : 2)
+#define FWD_R 4
+#endif
+#ifndef BWD_M
+#define BWD_M 2
+#define BWD_N 2
+#define BWD_R 3
+#endif
+
+// Tile sizes by head size: larger tiles share what they read among more rows, until registers run out.
+template <class F>
+cudaError_t forward(const Attention& p, cudaStream_t stream) {
+  const bool small = p.layout.block == 16;
+  if (p.shape.head_size <= 32)
+    return small ? launch_forward<F, 1, 1, 2, true, 4>(p, stream)
+                 : launch_forward<F, 1, FWD_M, FWD_N, true, FWD_R>(p, stream);
+  if (p.shape.head_size <= 64)
+    return small || !kHalf<F> ? launch_forward<F, 2, 1, 2, true, 3>(p, stream)
+                              : launch_forward<F, 2, 2, 2, true, 3>(p, stream);
+  return launch_forward<F, 4, 1, 2, kHalf<F>, 2>(p, stream);
+}
+
+template <class F>
+cudaError_t backward(const Attention& p, cudaStream_t stream) {
+  const bool small = p.layout.block == 16;
+  if (p.shape.head_size <= 32)
+    return small ? launch_backward<F, 1, 1, 2, true, 4>(p, stream)
+                 : launch_backward<F, 1, BWD_M, BWD_N, true, BWD_R>(p, stream);
+  if (p.shape.head_size <= 64) return launch_backward<F, 2, 1, 2, true, 2>(p, stream);
+  return launch_backward<F, 4, 1, 2, false, 2>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t attention_forward(const Attention& p, cudaStream_t stream) {
+  switch (p.format) {
+    case Format::kBf16: return forward<Bf16>(p, stream);
+    case Format::kFp16: return forward<Fp16>(p, stream);
+    case Format::kTf32: return forward<Tf32>(p, stream);
+    case Format::kFp32: return forward<Fp32>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t attention_backward(const Attention& p, cudaStream_t stream) {
+  switch (p.format) {
+    case Format::kBf16: return backward<Bf16>(p, stream);
+    case Format::kFp16: return backward<Fp16>(p, stream);
+    case Format::kTf32: return backward<Tf32>(p, stream);
+    case Format::kFp32: return backward<Fp32>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace sat

@@ -1,0 +1,462 @@
+// The parts that all kernels are made of: a warp multiplies small matrices with mma.sync straight from global memory.
+//
+// Operands need no shared memory, because a product doesn't care in which order its contraction index runs, nor a
+// result in which order its columns stand. A lane (g = lane / 4, t = lane % 4) reads 16-byte pieces of row g; what
+// the instruction takes for contraction index 2t, 2t+1, ... are simply the numbers of the piece. Both operands use the
+// same order, so the sum is the same. A 16-byte piece feeds two instructions in every format:
+//
+//   16 bit   mma.m16n8k16, 8 numbers a piece         tf32   mma.m16n8k8, 4 numbers a piece
+//
+// Names: *rows* are operands read along the contraction (pieces of 16 bytes), *columns* are operands read across it
+// (4 neighbours of each of the lane's 4, or in tf32 2, contraction rows). Scores come out of a product of rows with
+// rows; turned into an operand in place they meet columns in the next product.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "block_sparse.h"
+
+namespace sat {
+
+constexpr int kWarps = 4;  // of a thread block; each works alone
+constexpr int kThreads = 32 * kWarps;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr unsigned kAll = 0xffffffffu;
+
+struct Lane {
+  int g, t;
+  __device__ Lane() : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
+};
+
+struct Piece {
+  uint32_t w[4];
+};
+
+// ---- number formats -------------------------------------------------------------------------------------------------
+
+struct Bf16 {
+  static constexpr int kBytes = 2;
+  static __device__ uint32_t pack(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  static __device__ float2 unpack(uint32_t pair) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  }
+  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+struct Fp16 {
+  static constexpr int kBytes = 2;
+  static __device__ uint32_t pack(float x, float y) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  static __device__ float2 unpack(uint32_t pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
+  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+__device__ inline uint32_t round_to_tf32(uint32_t x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
+  return rounded;
+}
+
+__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+struct Tf32 {
+  static constexpr int kBytes = 4;
+  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const uint32_t rounded_a[4] = {round_to_tf32(a[0]), round_to_tf32(a[1]), round_to_tf32(a[2]), round_to_tf32(a[3])};
+    const uint32_t rounded_b[2] = {round_to_tf32(b[0]), round_to_tf32(b[1])};
+    mma_tf32(c, rounded_a, rounded_b);
+  }
+};
+
+// x = high + low with both parts in TF32; (high + low)(high' + low') without low low' is within 2^-21 of the product.
+struct Fp32 {
+  static constexpr int kBytes = 4;
+  template <int n>
+  static __device__ void split(const uint32_t (&x)[n], uint32_t (&high)[n], uint32_t (&low)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      high[i] = round_to_tf32(x[i]);
+      low[i] = round_to_tf32(__float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i])));
+    }
+  }
+  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
+    split(a, high_a, low_a);
+    split(b, high_b, low_b);
+    mma_tf32(c, low_a, high_b);
+    mma_tf32(c, high_a, low_b);
+    mma_tf32(c, high_a, high_b);
+  }
+};
+
+template <class F>
+constexpr bool kHalf = F::kBytes == 2;
+template <class F>
+constexpr int kTilesAStep = kHalf<F> ? 2 : 1;  // 8-wide score tiles that make one contraction step
+template <class F>
+constexpr int kLaneRows = kHalf<F> ? 4 : 2;  // contraction rows of a step that belong to one lane
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+template <int bytes>
+__device__ inline Piece load_piece(const char* at) {
+  Piece piece = {};
+  if constexpr (bytes == 16) {
+    const uint4 x = __ldg(reinterpret_cast<const uint4*>(at));
+    piece = {x.x, x.y, x.z, x.w};
+  } else if constexpr (bytes == 8) {
+    const uint2 x = __ldg(reinterpret_cast<const uint2*>(at));
+    piece.w[0] = x.x;
+    piece.w[1] = x.y;
+  } else {
+    piece.w[0] = __ldg(reinterpret_cast<const uint32_t*>(at));
+  }
+  return piece;
+}
+
+// One head's (rows, width) matrix; what lies outside reads as 0 and is not written.
+struct Matrix {
+  char* data;
+  int64_t stride;  // bytes from row to row
+  int rows;
+  int width;  // bytes
+
+  __device__ Matrix(const View& view, int b, int h, int rows, int width)
+      : data(view.data + b * view.batch + h * view.head), stride(view.row), rows(rows), width(width) {}
+  __device__ bool inside(int row, int byte) const { return row < rows && byte < width; }
+  __device__ char* at(int row, int byte) const { return data + row * stride + byte; }
+
+  template <int bytes>
+  __device__ Piece load(int row, int byte) const {
+    return inside(row, byte) ? load_piece<bytes>(at(row, byte)) : Piece{};
+  }
+};
+
+// n neighbouring numbers in the format's storage, written past the caches' older content: nobody reads them soon.
+template <class F, int n>
+__device__ inline void store(char* at, const float (&x)[n]) {
+  constexpr int words = n * F::kBytes / 4;
+  uint32_t w[words];
+#pragma unroll
+  for (int i = 0; i < words; ++i) {
+    if constexpr (kHalf<F>)
+      w[i] = F::pack(x[2 * i], x[2 * i + 1]);
+    else
+      w[i] = __float_as_uint(x[i]);
+  }
+  if constexpr (words % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < words / 4; ++i)
+      __stcs(reinterpret_cast<uint4*>(at) + i, make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]));
+  } else {
+    static_assert(words == 2);
+    __stcs(reinterpret_cast<uint2*>(at), make_uint2(w[0], w[1]));
+  }
+}
+
+// ---- operands -------------------------------------------------------------------------------------------------------
+
+// 16 M rows of a matrix of up to 32 P numbers a row, as the left operand, or re-read (from L1) where registers are few.
+template <class F, int P, int M, bool held>
+struct Rows {
+  static constexpr int kPieces = P * F::kBytes / 2;
+  const Matrix& x;
+  const int first;  // this lane's first row
+  Piece pieces[held ? M : 1][2][held ? kPieces : 1];
+
+  __device__ Rows(const Matrix& x, int first, Lane lane) : x(x), first(first + lane.g) {
+    if constexpr (held) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int c = 0; c < kPieces; ++c) pieces[m][half][c] = read(m, half, c, lane);
+    }
+  }
+  __device__ Piece read(int m, int half, int c, Lane lane) const {
+    return x.template load<16>(first + 16 * m + 8 * half, 64 * c + 16 * lane.t);
+  }
+  __device__ Piece get(int m, int half, int c, Lane lane) const {
+    if constexpr (held)
+      return pieces[m][half][c];
+    else
+      return read(m, half, c, lane);
+  }
+};
+
+// Which of the 8 N columns of a chunk of scores lane (., t) holds in tile j, first of two: 2 N neighbours a lane.
+template <int N>
+__device__ inline int held_column(int j, int t) {
+  return 2 * N * t + 2 * j;
+}
+
+// The row of the right operand that lane (g, .) reads for tile j, so that scores land as `held_column` says.
+template <int N>
+__device__ inline int read_row(int j, int g) {
+  return 2 * N * (g >> 1) + 2 * j + (g & 1);
+}
+
+// scores[m][j] = rows of a (16 M) times rows first .. first + 8 N of b.
+template <class F, int P, int M, int N, bool held>
+__device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, M, held>& a, const Matrix& b, int first,
+                                     Lane lane) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][j][i] = 0;
+#pragma unroll
+  for (int c = 0; c < Rows<F, P, M, held>::kPieces; ++c) {
+    Piece low[M], high[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      low[m] = a.get(m, 0, c, lane);
+      high[m] = a.get(m, 1, c, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Piece y = b.template load<16>(first + read_row<N>(j, lane.g), 64 * c + 16 * lane.t);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+          F::mma(scores[m][j], {low[m].w[2 * s], high[m].w[2 * s], low[m].w[2 * s + 1], high[m].w[2 * s + 1]},
+                 {y.w[2 * s], y.w[2 * s + 1]});
+    }
+  }
+}
+
+// `wide` neighbours of each of the lane's contraction rows of one step.
+template <class F, int wide>
+struct Columns {
+  Piece rows[kLaneRows<F>];
+
+  __device__ void load(const Matrix& x, int first, int byte) {
+#pragma unroll
+    for (int i = 0; i < kLaneRows<F>; ++i) rows[i] = x.template load<wide * F::kBytes>(first + i, byte);
+  }
+  // The operand register of neighbour v: contraction rows 0, 1 or 2, 3 (in tf32 row 0 or 1).
+  __device__ uint32_t get(int v, int half) const {
+    if constexpr (kHalf<F>)
+      return __byte_perm(rows[2 * half].w[v >> 1], rows[2 * half + 1].w[v >> 1], v & 1 ? 0x7632 : 0x5410);
+    else
+      return rows[half].w[v];
+  }
+};
+
+// Sums of 16 M rows by 32 P columns. A lane holds of rows g and g + 8 (of tile m) columns 32 p + 8 t .. + 8.
+template <int M, int P>
+using Sums = float[M][P][4][4];
+
+template <int M, int P>
+__device__ inline void clear(Sums<M, P>& sums) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int p = 0; p < P; ++p)
+#pragma unroll
+      for (int v = 0; v < 4; ++v)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][p][v][i] = 0;
+}
+
+// sums += a times rows first .. first + kLaneRows (this lane's) of x: one contraction step.
+template <class F, int M, int P>
+__device__ inline void multiply_columns(Sums<M, P>& sums, const uint32_t (&a)[M][4], const Matrix& x, int first,
+                                        Lane lane) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    Columns<F, 4> columns;
+    columns.load(x, first, (32 * p + 4 * lane.g) * F::kBytes);
+#pragma unroll
+    for (int v = 0; v < 4; ++v)
+#pragma unroll
+      for (int m = 0; m < M; ++m) F::mma(sums[m][p][v], a[m], {columns.get(v, 0), columns.get(v, 1)});
+  }
+}
+
+// sums += scores (as they came out of multiply_rows) times rows first .. first + 8 N of x.
+template <class F, int M, int N, int P>
+__device__ inline void multiply_scores(Sums<M, P>& sums, const float (&scores)[M][N][4], const Matrix& x, int first,
+                                       Lane lane) {
+#pragma unroll
+  for (int step = 0; step < N / kTilesAStep<F>; ++step) {
+    uint32_t a[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if constexpr (kHalf<F>) {
+        const float(&s)[N][4] = scores[m];
+        a[m][0] = F::pack(s[2 * step][0], s[2 * step][1]);
+        a[m][1] = F::pack(s[2 * step][2], s[2 * step][3]);
+        a[m][2] = F::pack(s[2 * step + 1][0], s[2 * step + 1][1]);
+        a[m][3] = F::pack(s[2 * step + 1][2], s[2 * step + 1][3]);
+      } else {
+        const float(&s)[4] = scores[m][step];
+        a[m][0] = __float_as_uint(s[0]);
+        a[m][1] = __float_as_uint(s[2]);
+        a[m][2] = __float_as_uint(s[1]);
+        a[m][3] = __float_as_uint(s[3]);
+      }
+    }
+    multiply_columns<F, M, P>(sums, a, x, first + 2 * N * lane.t + kLaneRows<F> * step, lane);
+  }
+}
+
+// One row of the sums, times `factor`: 8 numbers a lane and 32 columns.
+template <class F, int M, int P>
+__device__ inline void store_sums(const Matrix& out, int row, const Sums<M, P>& sums, int m, int half, float factor,
+                                  Lane lane) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    const int byte = (32 * p + 8 * lane.t) * F::kBytes;
+    float x[8];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      x[v] = sums[m][p][v][2 * half] * factor;
+      x[4 + v] = sums[m][p][v][2 * half + 1] * factor;
+    }
+    if (out.inside(row, byte)) store<F>(out.at(row, byte), x);
+  }
+}
+
+// ---- which part of the work -----------------------------------------------------------------------------------------
+
+// This warp's 16 M rows of one head: thread blocks of one head are neighbours, so that they share its data in L2.
+struct Tile {
+  int b, h, first;
+  bool inside;
+
+  // `part` counts thread blocks within a head, `parts` says how many a head has.
+  __device__ Tile(const Shape& shape, int64_t head, int part, int rows, int length) {
+    b = static_cast<int>(head / shape.heads);
+    h = static_cast<int>(head % shape.heads);
+    first = (part * kWarps + static_cast<int>(threadIdx.x) / 32) * rows;
+    inside = first < length;
+  }
+};
+
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ inline int thread_blocks(int length, int rows) { return ceil_div(length, rows * kWarps); }
+
+// Kept blocks of one block row or column of one head: places begin .. end of the lists.
+struct List {
+  int begin, end;
+  __device__ List(const int* offsets, const Layout& layout, int lists, int h, int index) {
+    const int place = (layout.per_head ? h * lists : 0) + index;
+    begin = __ldg(offsets + place);
+    end = __ldg(offsets + place + 1);
+  }
+};
+
+// The (b, b) values of the kept block at place `i` of the row lists.
+template <class F>
+__device__ inline char* block_values(char* values, const Layout& layout, const Shape& shape, int b, int h, int i) {
+  const int64_t blocks = layout.per_head ? layout.kept : int64_t{layout.kept} * shape.heads;
+  const int64_t place = b * blocks + (layout.per_head ? 0 : int64_t{layout.kept} * h) + i;
+  return values + ((place << (2 * layout.block_log2)) * F::kBytes);
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+// Keys that a query of this block row does not keep, from its list (whose columns ascend).
+__device__ inline int pruned_keys(const List& list, const Layout& layout, int keys) {
+  const int size = list.end - list.begin;
+  if (size == 0) return keys;
+  const bool has_last = __ldg(layout.row_columns + list.end - 1) == layout.columns - 1;
+  const int missing = has_last ? layout.columns * layout.block - keys : 0;
+  return keys - (size * layout.block - missing);
+}
+
+// Running maximum and sum of a row's weights in base 2; a quad of lanes shares the maximum, each has its own sum.
+struct RunningSoftmax {
+  float peak, total;
+
+  __device__ void start(float pruned, Lane lane) {
+    peak = pruned > 0 ? 0 : -INFINITY;
+    total = lane.t == 0 ? pruned : 0;
+  }
+  // Take up a chunk whose maximum is `highest`; returns what the sums so far must be multiplied with.
+  __device__ float raise(float highest) {
+    const float higher = fmaxf(peak, highest);
+    const float factor = peak == higher ? 1 : exp2f(peak - higher);
+    peak = higher;
+    total *= factor;
+    return factor;
+  }
+  __device__ float base() const { return peak == -INFINITY ? 0 : peak; }
+  // Natural logarithm of the sum; +inf where there was nothing, so that exp(score - lse) is 0.
+  static __device__ float lse(float peak, float whole) { return whole > 0 ? (peak + log2f(whole)) * kLn2 : INFINITY; }
+};
+
+// Scores of keys that don't exist or are padding become -inf. Columns of the chunk are keys.
+template <int M, int N>
+__device__ inline void mask_keys(float (&scores)[M][N][4], const uint8_t* mask, int first, int keys, Lane lane) {
+  if (mask == nullptr && first + 8 * N <= keys) return;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = first + held_column<N>(j, lane.t) + i;
+      if (key < keys && (mask == nullptr || __ldg(mask + key))) continue;
+#pragma unroll
+      for (int m = 0; m < M; ++m) scores[m][j][i] = scores[m][j][2 + i] = -INFINITY;
+    }
+}
+
+// p = exp(score) relative to the row's running maximum, in place; returns the factors for older sums.
+template <int M, int N>
+__device__ inline void soften(float (&scores)[M][N][4], RunningSoftmax (&rows)[M][2], float (&factors)[M][2],
+                              float scale) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) highest = fmaxf(highest, scores[m][j][2 * half + i] * scale);
+      RunningSoftmax& row = rows[m][half];
+      factors[m][half] = row.raise(quad_max(highest));
+      const float base = row.base();
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = scores[m][j][2 * half + i];
+          score = exp2f(fmaf(score, scale, -base));
+          row.total += score;
+        }
+    }
+}
+
+}  // namespace sat

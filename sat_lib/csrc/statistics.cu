@@ -1,0 +1,169 @@
+// Mean of the dense attention map A^s over batch and heads, and its mean over blocks, without any head's L x L map.
+//
+//   mean_map_ij = 1 / (B H) sum over b, h of exp(s_ij - LSE_i),  s = scale Q K^T;  pooled = mean_map averaged by block
+//
+// q (B, H, Lq, d), k (B, H, Lk, d); padding keys weigh 0, a query without any real key counts as a row of zeros.
+//
+// Plan, three launches: lse_kernel gives every query's log-sum-exp. map_kernel gives a thread block one 128 x 128 piece
+// of the map and a share of the heads; it recomputes that piece head after head and adds it up in registers, so every
+// exponential is computed twice and nothing of size L x L is written per head. finish_kernel adds up the shares in
+// order, which makes the result repeatable, and pools.
+
+#include "common.cuh"
+
+namespace sat {
+namespace {
+
+template <class F, int P, int M, int N, bool held>
+__global__ void __launch_bounds__(kThreads) lse_kernel(const Statistics p) {
+  const Lane lane;
+  const Shape& shape = p.shape;
+  const int parts = thread_blocks(shape.queries, 16 * M);
+  const int64_t head = blockIdx.x / parts;
+  const Tile tile(shape, head, blockIdx.x % parts, 16 * M, shape.queries);
+  if (!tile.inside) return;
+  const int width = shape.head_size * F::kBytes;
+  const Matrix q(p.q, tile.b, tile.h, shape.queries, width), k(p.k, tile.b, tile.h, shape.keys, width);
+  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const Rows<F, P, M, held> queries(q, tile.first, lane);
+  RunningSoftmax rows[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m) rows[m][0].start(0, lane), rows[m][1].start(0, lane);
+  for (int first = 0; first < shape.keys; first += 8 * N) {
+    float scores[M][N][4], factors[M][2];
+    multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
+    mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+    soften<M, N>(scores, rows, factors, p.scale * kLog2e);
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.first + 16 * m + 8 * half + lane.g;
+      const float whole = quad_sum(rows[m][half].total);
+      if (lane.t == 0 && row < shape.queries)
+        p.lse[head * shape.queries + row] = RunningSoftmax::lse(rows[m][half].peak, whole);
+    }
+}
+
+constexpr int kMapWarps = 8;  // four by two, each with 32 rows and 64 columns of the piece
+
+template <class F, int P, bool held>
+__global__ void __launch_bounds__(32 * kMapWarps) map_kernel(const Statistics p) {
+  constexpr int M = 2, kTiles = 8, N = 2;  // score tiles of 8 columns: in all, and at a time
+  const Lane lane;
+  const Shape& shape = p.shape;
+  const int warp = threadIdx.x / 32;
+  const int row = blockIdx.y * kMapTile + 32 * (warp % 4), column = blockIdx.x * kMapTile + 64 * (warp / 4);
+  const int64_t heads = int64_t{shape.batch} * shape.heads;
+  const int64_t begin = heads * blockIdx.z / p.splits, end = heads * (blockIdx.z + 1) / p.splits;
+  const int width = shape.head_size * F::kBytes;
+  const float scale = p.scale * kLog2e;
+
+  float sums[kTiles / N][M][N][4] = {};
+  for (int64_t head = begin; head < end; ++head) {
+    const int b = static_cast<int>(head / shape.heads), h = static_cast<int>(head % shape.heads);
+    const Matrix q(p.q, b, h, shape.queries, width), k(p.k, b, h, shape.keys, width);
+    const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{b} * shape.keys : nullptr;
+    const Rows<F, P, M, held> queries(q, row, lane);
+    float base[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = row + 16 * m + 8 * half + lane.g;
+        base[m][half] = query < shape.queries ? p.lse[head * shape.queries + query] * kLog2e : INFINITY;
+      }
+#pragma unroll
+    for (int part = 0; part < kTiles / N; ++part) {
+      const int first = column + 8 * N * part;
+      float scores[M][N][4];
+      multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
+      mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[part][m][j][i] += exp2f(fmaf(scores[m][j][i], scale, -base[m][i / 2]));
+    }
+  }
+
+  float* out = p.partial + int64_t{blockIdx.z} * shape.queries * shape.keys;
+#pragma unroll
+  for (int part = 0; part < kTiles / N; ++part)
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int query = row + 16 * m + 8 * (i / 2) + lane.g;
+          const int key = column + 8 * N * part + held_column<N>(j, lane.t) + i % 2;
+          if (query < shape.queries && key < shape.keys) out[int64_t{query} * shape.keys + key] = sums[part][m][j][i];
+        }
+}
+
+constexpr int kFinishThreads = 256;
+
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Statistics p) {
+  __shared__ float parts[kFinishThreads];
+  const Shape& shape = p.shape;
+  const int row = blockIdx.y * p.block, column = blockIdx.x * p.block;
+  const int rows = min(p.block, shape.queries - row), columns = min(p.block, shape.keys - column);
+  const int64_t size = int64_t{shape.queries} * shape.keys;
+  const float factor = 1.0f / (static_cast<float>(shape.batch) * static_cast<float>(shape.heads));
+  float sum = 0;
+  for (int i = threadIdx.x; i < rows * columns; i += kFinishThreads) {
+    const int64_t at = int64_t{row + i / columns} * shape.keys + column + i % columns;
+    float mean = 0;
+    for (int split = 0; split < p.splits; ++split) mean += p.partial[split * size + at];
+    mean *= factor;
+    p.mean_map[at] = mean;
+    sum += mean;
+  }
+  parts[threadIdx.x] = sum;
+  for (int half = kFinishThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) p.pooled[int64_t{blockIdx.y} * gridDim.x + blockIdx.x] = parts[0] / (rows * columns);
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+template <class F, int P, int M, int N, bool held>
+void launch(const Statistics& p, cudaStream_t stream) {
+  const int64_t grid = int64_t{p.shape.batch} * p.shape.heads * thread_blocks(p.shape.queries, 16 * M);
+  lse_kernel<F, P, M, N, held><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  const dim3 pieces(ceil_div(p.shape.keys, kMapTile), ceil_div(p.shape.queries, kMapTile), p.splits);
+  map_kernel<F, P, held><<<pieces, 32 * kMapWarps, 0, stream>>>(p);
+  const dim3 blocks(ceil_div(p.shape.keys, p.block), ceil_div(p.shape.queries, p.block));
+  finish_kernel<<<blocks, kFinishThreads, 0, stream>>>(p);
+}
+
+template <class F>
+cudaError_t launch(const Statistics& p, cudaStream_t stream) {
+  constexpr int N = kHalf<F> ? 4 : 2;
+  if (p.shape.head_size <= 32)
+    launch<F, 1, 2, N, true>(p, stream);
+  else if (p.shape.head_size <= 64)
+    launch<F, 2, 2, 2, true>(p, stream);
+  else
+    launch<F, 4, 2, 2, false>(p, stream);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t attention_statistics(const Statistics& p, cudaStream_t stream) {
+  switch (p.format) {
+    case Format::kBf16: return launch<Bf16>(p, stream);
+    case Format::kFp16: return launch<Fp16>(p, stream);
+    case Format::kTf32: return launch<Tf32>(p, stream);
+    case Format::kFp32: return launch<Fp32>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace sat
