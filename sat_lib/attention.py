@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .errors import require
 from .layout import BlockLayout
-from .reference import block_sparse_attention, check_attention_inputs
+from .ops import block_sparse_attention
+from .reference import check_attention_inputs
 
 
 def dense_attention(
@@ -50,7 +51,7 @@ def sat_attention(
     key_padding_mask: Tensor | None = None,
     pruned: str = "zero",
 ) -> Tensor:
-    """SAT's attention: dense until there is a layout, block-sparse under it (see `reference.sparse_softmax`)."""
+    """SAT's attention: dense until there is a layout, block-sparse under it (see `ops.block_sparse_attention`)."""
     if layout is None:
         return dense_attention(q, k, v, key_padding_mask=key_padding_mask)
     return block_sparse_attention(q, k, v, layout, key_padding_mask=key_padding_mask, pruned=pruned)

@@ -143,11 +143,11 @@ def commit(root: Path = ROOT) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: str | Path, purpose: str) -> Iterator[None]:
+def lock(path: str | Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock for the length of a block. The system drops it when the process dies, however it dies.
 
     Raises:
-        InputError: another living process holds it.
+        InputError: another living process holds it, unless `wait` says to wait for that.
     """
     import fcntl
 
@@ -157,5 +157,8 @@ def lock(path: str | Path, purpose: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"{purpose} is already running ({path} is locked). Wait for it or stop it") from error
+            if not wait:
+                raise InputError(f"{purpose} is already running ({path} is locked). Wait for it or stop it") from error
+            print(f"{purpose} is already running ({path} is locked): waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

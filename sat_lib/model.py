@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from .attention import get_attention
 from .errors import require
 from .layout import BlockLayout
+from .ops import attention_statistics
 from .pattern import SparsityParameter
-from .reference import PRUNED_RULES, AttentionStatistics, attention_statistics, sparse_statistics
+from .reference import PRUNED_RULES, AttentionStatistics, sparse_statistics
 from .tasks import task
 
 LAYERS = {"image": 2, "text": 4, "symbols": 4}

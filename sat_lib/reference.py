@@ -21,22 +21,36 @@ from .layout import BlockLayout
 PRUNED_RULES = ("zero", "drop")
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
     """Where the kept blocks of all H heads stand among the H * R block rows and H * C block columns."""
 
     rows: Tensor  # (T,) int64
     columns: Tensor  # (T,) int64
     kept_keys: Tensor  # (H * R,) int64: keys that each query of a block row keeps, n_i
+    block: int
+    block_rows: int  # R
+    block_columns: int  # C
+
+
+def index_of(row_offsets: Tensor, row_columns: Tensor, block: int, block_rows: int, heads: int, keys: int) -> Index:
+    """The index of a layout's row lists, shared by the heads or one a head."""
+    block_columns, patterns = -(-keys // block), (len(row_offsets) - 1) // block_rows
+    lists = torch.arange(len(row_offsets) - 1, device=row_offsets.device)
+    rows = lists.repeat_interleave(row_offsets.diff(), output_size=len(row_columns))
+    columns = row_columns + rows // block_rows * block_columns
+    missing = block_columns * block - keys
+    sizes = block - missing * (row_columns == block_columns - 1)
+    kept_keys = torch.zeros_like(lists).index_add(0, rows, sizes)
+    if patterns != heads:
+        head = torch.arange(heads, device=rows.device)[:, None]
+        rows, columns = (rows + head * block_rows).flatten(), (columns + head * block_columns).flatten()
+        kept_keys = kept_keys.repeat(heads)
+    return Index(rows, columns, kept_keys, block, block_rows, block_columns)
 
 
 @lru_cache(maxsize=64)
-def _index(layout: BlockLayout, heads: int, keys: int) -> _Index:
-    patterns = layout.grid.reshape(-1, layout.rows, layout.columns).expand(heads, -1, -1)
-    head, row, column = patterns.nonzero().unbind(1)
-    sizes = torch.full((layout.columns,), layout.block, device=layout.device)
-    sizes[-1] = keys - (layout.columns - 1) * layout.block
-    kept_keys = (patterns * sizes).sum(-1).reshape(-1)
-    return _Index(head * layout.rows + row, head * layout.columns + column, kept_keys)
+def _index(layout: BlockLayout, heads: int, keys: int) -> Index:
+    return index_of(layout.row_offsets, layout.row_columns, layout.block, layout.rows, heads, keys)
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:
@@ -52,21 +66,32 @@ def _from_blocks(blocks: Tensor, heads: int, length: int) -> Tensor:
     return blocks.reshape(batch, heads, -1, size)[:, :, :length]
 
 
-def sddmm(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None = None) -> Tensor:
+def sddmm(
+    q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None = None, key_padding_mask: Tensor | None = None
+) -> Tensor:
     """Sampled dense-dense matrix product: raw scores `S^r` = scale * Q K^T of the kept blocks only.
 
     Args:
         q: (B, H, Lq, D), k: (B, H, Lk, D), same dtype and device as the layout's device.
         scale: 1 / sqrt(D) if None.
+        key_padding_mask: (B, Lk) bool, True for real tokens; scores of padding keys are -inf.
 
     Returns:
         (B, T, b, b). Entries of queries or keys beyond the end are 0.
     """
-    index = _index(layout, q.shape[1], k.shape[2])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    rows = _to_blocks(q * scale, layout.block).index_select(1, index.rows)
-    columns = _to_blocks(k, layout.block).index_select(1, index.columns)
-    return rows @ columns.transpose(-1, -2)
+    return indexed_sddmm(q, k, _index(layout, q.shape[1], k.shape[2]), scale, key_padding_mask)
+
+
+def indexed_sddmm(q: Tensor, k: Tensor, index: Index, scale: float, key_padding_mask: Tensor | None = None) -> Tensor:
+    """`sddmm` of an index."""
+    rows = _to_blocks(q * scale, index.block).index_select(1, index.rows)
+    columns = _to_blocks(k, index.block).index_select(1, index.columns)
+    scores = rows @ columns.transpose(-1, -2)
+    if key_padding_mask is None:
+        return scores
+    padding = ~_spread_keys(key_padding_mask, index, q.shape[1], beyond=True)
+    return scores.masked_fill(padding.index_select(1, index.columns), -torch.inf)
 
 
 def sparse_softmax(
@@ -92,33 +117,40 @@ def sparse_softmax(
     Returns:
         (B, T, b, b), scores' dtype.
     """
-    index = _index(layout, heads, keys)
+    return indexed_softmax(scores, _index(layout, heads, keys), heads, keys, key_padding_mask, pruned == "zero")[0]
+
+
+def indexed_softmax(
+    scores: Tensor, index: Index, heads: int, keys: int, key_padding_mask: Tensor | None, pruned_weigh: bool
+) -> tuple[Tensor, Tensor]:
+    """`sparse_softmax` of an index, and the logarithm of its denominators (B, H * R, b), +inf for rows without keys."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if key_padding_mask is not None or keys % layout.block:
-        allowed = _allowed_keys(layout, heads, keys, key_padding_mask, scores.device)  # (B or 1, H * C, 1, b)
+    if key_padding_mask is not None or keys % index.block:
+        mask = scores.new_ones(1, keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+        allowed = _spread_keys(mask, index, heads, beyond=False)
         wide = wide.masked_fill(~allowed.index_select(1, index.columns), -torch.inf)
     pruned_keys = (keys - index.kept_keys).to(wide.dtype)[None, :, None]  # (1, H * R, 1)
 
     peaks = wide.detach().amax(-1)  # (B, T, b)
-    highest = peaks.new_full((len(peaks), heads * layout.rows, layout.block), -torch.inf)
+    highest = peaks.new_full((len(peaks), heads * index.block_rows, index.block), -torch.inf)
     highest.scatter_reduce_(1, index.rows[None, :, None].expand_as(peaks), peaks, "amax")
-    if pruned == "zero":
+    if pruned_weigh:
         highest = torch.where(pruned_keys > 0, highest.clamp(min=0), highest)
     highest = highest.masked_fill(highest == -torch.inf, 0)  # a row without keys: exp(-inf - 0) = 0
 
     weights = (wide - highest.index_select(1, index.rows)[..., None]).exp()
     total = torch.zeros_like(highest).index_add(1, index.rows, weights.sum(-1))
-    if pruned == "zero":
+    if pruned_weigh:
         total = total + pruned_keys * (-highest).exp()
+    lse = torch.where(total == 0, torch.inf, total.log() + highest)
     total = total.masked_fill(total == 0, 1)
-    return (weights / total.index_select(1, index.rows)[..., None]).to(scores.dtype)
+    return (weights / total.index_select(1, index.rows)[..., None]).to(scores.dtype), lse
 
 
-def _allowed_keys(layout, heads, keys, key_padding_mask, device) -> Tensor:
-    """(B or 1, H * C, 1, b) bool: the key exists and is a real token."""
-    mask = torch.ones(1, keys, dtype=torch.bool, device=device) if key_padding_mask is None else key_padding_mask
-    mask = F.pad(mask, (0, -keys % layout.block))
-    return mask.reshape(len(mask), 1, layout.columns, 1, layout.block).expand(-1, heads, -1, -1, -1).flatten(1, 2)
+def _spread_keys(mask: Tensor, index: Index, heads: int, beyond: bool) -> Tensor:
+    """(B, Lk) bool of keys -> (B, H * C, 1, b), with `beyond` for keys that don't exist."""
+    mask = F.pad(mask, (0, -mask.shape[1] % index.block), value=beyond)
+    return mask.reshape(len(mask), 1, index.block_columns, 1, index.block).expand(-1, heads, -1, -1, -1).flatten(1, 2)
 
 
 def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tensor:
@@ -132,11 +164,22 @@ def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tenso
     Returns:
         (B, H, Lq, D).
     """
-    heads, keys = v.shape[1:3]
-    index = _index(layout, heads, keys)
-    products = weights @ _to_blocks(v, layout.block).index_select(1, index.columns)  # (B, T, b, D)
-    out = products.new_zeros(len(v), heads * layout.rows, layout.block, v.shape[-1])
-    return _from_blocks(out.index_add(1, index.rows, products), heads, queries)
+    return indexed_spmm(weights, v, _index(layout, *v.shape[1:3]), queries)
+
+
+def indexed_spmm(values: Tensor, x: Tensor, index: Index, queries: int) -> Tensor:
+    """`spmm` of an index."""
+    products = values @ _to_blocks(x, index.block).index_select(1, index.columns)  # (B, T, b, D)
+    out = products.new_zeros(len(x), x.shape[1] * index.block_rows, index.block, x.shape[-1])
+    return _from_blocks(out.index_add(1, index.rows, products), x.shape[1], queries)
+
+
+def indexed_spmm_transposed(values: Tensor, x: Tensor, index: Index, keys: int) -> Tensor:
+    """The transposed map times x: (B, T, b, b) and (B, H, Lq, D) -> (B, H, Lk, D)."""
+    flipped = index._replace(
+        rows=index.columns, columns=index.rows, block_rows=index.block_columns, block_columns=index.block_rows
+    )
+    return indexed_spmm(values.transpose(-1, -2), x, flipped, keys)
 
 
 def block_sparse_attention(

@@ -9,16 +9,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "sat_lib"
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("files", "layout"), 1),
-    **dict.fromkeys(("timing", "corpora", "downloads", "reference", "pattern", "ops"), 2),
-    **dict.fromkeys(("embedded", "tasks", "attention", "transition"), 3),
-    **dict.fromkeys(("datasets", "model"), 4),
-    "recipes": 5,
-    "train": 6,
-    "runs": 7,
-    **dict.fromkeys(("experiments", "figures", "stages", "notebook_run"), 8),
-    **dict.fromkeys(("reproduce", "explore", "paper"), 9),
-    "__init__": 9,
-    "__main__": 10,
+    **dict.fromkeys(("timing", "corpora", "downloads", "extension", "reference", "pattern"), 2),
+    **dict.fromkeys(("embedded", "tasks", "ops", "transition"), 3),
+    **dict.fromkeys(("attention", "datasets"), 4),
+    "model": 5,
+    "recipes": 6,
+    "train": 7,
+    "runs": 8,
+    **dict.fromkeys(("experiments", "figures", "stages", "notebook_run"), 9),
+    **dict.fromkeys(("reproduce", "explore", "paper", "__init__"), 10),
+    "__main__": 11,
 }
 
 
