@@ -33,6 +33,7 @@ require(
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (16, 32, 64, 128)
 LONGEST = 65_536
+GRID = 65_536  # thread blocks along the grid's second and third axis
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -64,9 +65,9 @@ def block_sparse_attention(
     _check_rule(pruned)
     _check_layout(q, layout, k.shape[2])
     _check_kernels(q, k.shape[2], layout.block)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _check_scale(scale, q.shape[-1])
     call = torch.ops.sat_lib.attention
-    return call(q, k, v, _lists(layout), key_padding_mask, layout.block, scale, pruned == "zero")[0]
+    return call(q, k, v, *_lists(layout), key_padding_mask, layout.block, scale, pruned == "zero")[0]
 
 
 def sddmm(
@@ -82,8 +83,8 @@ def sddmm(
     check_attention_inputs(q, k, k, key_padding_mask)
     _check_layout(q, layout, k.shape[2])
     _check_kernels(q, k.shape[2], layout.block)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return torch.ops.sat_lib.sddmm(q, k, _lists(layout), key_padding_mask, layout.block, scale)
+    scale = _check_scale(scale, q.shape[-1])
+    return torch.ops.sat_lib.sddmm(q, k, *_lists(layout), key_padding_mask, layout.block, scale)
 
 
 def sparse_softmax(
@@ -104,10 +105,8 @@ def sparse_softmax(
     _check_rule(pruned)
     _check_values(scores, layout, heads)
     layout.check(heads, layout.rows * layout.block, keys)
-    lists = _lists(layout)
-    return torch.ops.sat_lib.sparse_softmax(
-        scores, lists, key_padding_mask, layout.block, heads, keys, pruned == "zero"
-    )
+    call = torch.ops.sat_lib.sparse_softmax
+    return call(scores, *_lists(layout), key_padding_mask, layout.block, heads, keys, pruned == "zero")
 
 
 def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tensor:
@@ -123,7 +122,7 @@ def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tenso
     require(weights.dtype == v.dtype, f"weights, v: wanted one dtype; got {weights.dtype} and {v.dtype}")
     layout.check(v.shape[1], queries, v.shape[2])
     _check_kernels(v, queries, layout.block)
-    return torch.ops.sat_lib.spmm(weights, v, _lists(layout), None, layout.block, queries, 1.0)
+    return torch.ops.sat_lib.spmm(weights, v, *_lists(layout), None, layout.block, queries, 1.0)
 
 
 def attention_statistics(
@@ -141,19 +140,13 @@ def attention_statistics(
         return reference.attention_statistics(q, k, block, key_padding_mask=key_padding_mask, scale=scale)
     check_attention_inputs(q, k, k, key_padding_mask)
     _check_kernels(q, k.shape[2], block)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _check_scale(scale, q.shape[-1])
     call = torch.ops.sat_lib.attention_statistics
     return AttentionStatistics(*call(q.detach(), k.detach(), key_padding_mask, block, scale))
 
 
-def _lists(layout: BlockLayout) -> list[Tensor]:
-    return [
-        layout.row_offsets,
-        layout.row_columns,
-        layout.column_offsets,
-        layout.column_rows,
-        layout.column_to_row,
-    ]
+def _lists(layout: BlockLayout) -> tuple[Tensor, ...]:
+    return tuple(getattr(layout, name) for name in _LISTS)
 
 
 def _check_rule(pruned: str) -> None:
@@ -173,13 +166,22 @@ def _check_values(values: Tensor, layout: BlockLayout, heads: int) -> None:
         f"values: wanted (B, {', '.join(map(str, wanted))}) on {layout.device}; got {tuple(values.shape)} on "
         f"{values.device}",
     )
-    _check_kernels(values, 0, layout.block)
+    if values.device.type == "cuda":
+        require(values.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {values.dtype}")
+        require(layout.block in BLOCKS, f"block: the kernels take {BLOCKS}; got {layout.block}. {extension.WAY_OUT}")
+        require(len(values) < GRID, f"batch: the kernels take fewer than {GRID}; got {len(values)}")
+
+
+def _check_scale(scale: float | None, size: int) -> float:
+    require(scale is None or scale > 0, f"scale: wanted more than 0; got {scale}")
+    return 1 / math.sqrt(size) if scale is None else scale
 
 
 def _check_kernels(x: Tensor, length: int, block: int) -> None:
     """Raise InputError if x is on a GPU and the kernels can't take it; `length` is that of the other operand."""
     if x.device.type != "cuda":
         return
+    require(max(x.shape[:2]) < GRID, f"batch, heads: the kernels take fewer than {GRID} each; got {tuple(x.shape[:2])}")
     size, longest = x.shape[-1], max(x.shape[-2], length)
     require(x.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {x.dtype}. Convert q, k and v with .to(...)")
     require(block in BLOCKS, f"block: the kernels take {BLOCKS}; got {block}. {extension.WAY_OUT}")
@@ -193,21 +195,27 @@ def _check_kernels(x: Tensor, length: int, block: int) -> None:
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("sat_lib", "DEF")
+_LISTS = ("row_offsets", "row_columns", "column_offsets", "column_rows", "column_to_row")
 _SCHEMAS = {
-    "attention": "(Tensor q, Tensor k, Tensor v, Tensor[] lists, Tensor? mask, int block, float scale, "
+    "attention": "(Tensor q, Tensor k, Tensor v, {lists}, Tensor? mask, int block, float scale, "
     "bool pruned_weigh) -> (Tensor, Tensor)",
-    "attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] lists, "
+    "attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {lists}, "
     "Tensor? mask, int block, float scale) -> (Tensor, Tensor, Tensor)",
-    "sddmm": "(Tensor q, Tensor k, Tensor[] lists, Tensor? mask, int block, float scale) -> Tensor",
-    "spmm": "(Tensor values, Tensor x, Tensor[] lists, Tensor? mask, int block, int queries, float scale) -> Tensor",
-    "spmm_transposed": "(Tensor values, Tensor x, Tensor[] lists, Tensor? mask, int block, int keys, float scale) "
+    "sddmm": "(Tensor q, Tensor k, {lists}, Tensor? mask, int block, float scale) -> Tensor",
+    "spmm": "(Tensor values, Tensor x, {lists}, Tensor? mask, int block, int queries, float scale) -> Tensor",
+    "spmm_transposed": "(Tensor values, Tensor x, {lists}, Tensor? mask, int block, int keys, float scale) "
     "-> Tensor",
-    "sparse_softmax": "(Tensor scores, Tensor[] lists, Tensor? mask, int block, int heads, int keys, "
+    "sparse_softmax": "(Tensor scores, {lists}, Tensor? mask, int block, int heads, int keys, "
     "bool pruned_weigh) -> Tensor",
-    "sparse_softmax_backward": "(Tensor grad, Tensor weights, Tensor[] lists, int block, int heads, int keys) "
+    "sparse_softmax_backward": "(Tensor grad, Tensor weights, {lists}, int block, int heads, int keys) "
     "-> Tensor",
     "attention_statistics": "(Tensor q, Tensor k, Tensor? mask, int block, float scale) -> (Tensor, Tensor)",
 }
+_SCHEMAS = {
+    name: schema.format(lists=", ".join(f"Tensor {name}" for name in _LISTS)) for name, schema in _SCHEMAS.items()
+}
+_OPERANDS = {"attention": 3, "attention_backward": 6, "sddmm": 2, "spmm": 2, "spmm_transposed": 2}  # before the lists
+_OPERANDS |= {"sparse_softmax": 1, "sparse_softmax_backward": 2}
 _WITHOUT_PRODUCTS = ("sparse_softmax", "sparse_softmax_backward")
 _INPUTS = {"attention": 3, "sddmm": 2, "spmm": 2, "attention_statistics": 2}  # leading arguments that autocast casts
 
@@ -222,6 +230,15 @@ def _on_cuda(name: str):
         return function(*arguments, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
     return call
+
+
+def _grouped(name: str, function):
+    """`function`, which takes the five lists as one argument, as it is called by PyTorch."""
+    if name not in _OPERANDS:
+        return function
+    start = _OPERANDS[name]
+    end = start + len(_LISTS)
+    return lambda *arguments: function(*arguments[:start], arguments[start:end], *arguments[end:])
 
 
 def _autocast(name: str, device: str):
@@ -350,7 +367,7 @@ _ON_CPU = {
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
-    _on_cpu, _fake = _ON_CPU[_name]
+    _on_cpu, _fake = (_grouped(_name, _function) for _function in _ON_CPU[_name])
     _library.impl(_name, _on_cpu, "CPU")
     _library.impl(_name, _on_cuda(_name), "CUDA")
     torch.library.register_fake(f"sat_lib::{_name}", _fake, lib=_library)
@@ -362,11 +379,11 @@ for _name in _INPUTS:
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-_NO_LISTS = [None] * 5  # gradients of a layout's lists
+_NO_LISTS = (None,) * len(_LISTS)  # gradients of a layout's lists
 
 
 def _save_attention(ctx, inputs, output):
-    q, k, v, lists, mask, block, scale, _ = inputs
+    q, k, v, *lists, mask, block, scale, _ = inputs
     ctx.save_for_backward(q, k, v, *output, *lists, mask)
     ctx.mark_non_differentiable(output[1])
     ctx.block, ctx.scale = block, scale
@@ -374,25 +391,25 @@ def _save_attention(ctx, inputs, output):
 
 def _differentiate_attention(ctx, grad, _):
     q, k, v, out, lse, *lists, mask = ctx.saved_tensors
-    grads = torch.ops.sat_lib.attention_backward(grad, q, k, v, out, lse, lists, mask, ctx.block, ctx.scale)
-    return *grads, _NO_LISTS, None, None, None, None
+    grads = torch.ops.sat_lib.attention_backward(grad, q, k, v, out, lse, *lists, mask, ctx.block, ctx.scale)
+    return *grads, *_NO_LISTS, None, None, None, None
 
 
 def _save_sddmm(ctx, inputs, output):
-    q, k, lists, mask, block, scale = inputs
+    q, k, *lists, mask, block, scale = inputs
     ctx.save_for_backward(q, k, *lists, mask)
     ctx.block, ctx.scale = block, scale
 
 
 def _differentiate_sddmm(ctx, grad):
     q, k, *lists, mask = ctx.saved_tensors
-    grad_q = torch.ops.sat_lib.spmm(grad, k, lists, mask, ctx.block, q.shape[2], ctx.scale)
-    grad_k = torch.ops.sat_lib.spmm_transposed(grad, q, lists, mask, ctx.block, k.shape[2], ctx.scale)
-    return grad_q, grad_k, _NO_LISTS, None, None, None
+    grad_q = torch.ops.sat_lib.spmm(grad, k, *lists, mask, ctx.block, q.shape[2], ctx.scale)
+    grad_k = torch.ops.sat_lib.spmm_transposed(grad, q, *lists, mask, ctx.block, k.shape[2], ctx.scale)
+    return grad_q, grad_k, *_NO_LISTS, None, None, None
 
 
 def _save_spmm(ctx, inputs, output):
-    values, x, lists, mask, block, _, scale = inputs
+    values, x, *lists, mask, block, _, scale = inputs
     require(mask is None, "spmm: has no gradient where a key mask is given")
     ctx.save_for_backward(values, x, *lists)
     ctx.block, ctx.scale = block, scale
@@ -400,21 +417,21 @@ def _save_spmm(ctx, inputs, output):
 
 def _differentiate_spmm(ctx, grad):
     values, x, *lists = ctx.saved_tensors
-    grad_values = torch.ops.sat_lib.sddmm(grad, x, lists, None, ctx.block, ctx.scale)
-    grad_x = torch.ops.sat_lib.spmm_transposed(values, grad, lists, None, ctx.block, x.shape[2], ctx.scale)
-    return grad_values, grad_x, _NO_LISTS, None, None, None, None
+    grad_values = torch.ops.sat_lib.sddmm(grad, x, *lists, None, ctx.block, ctx.scale)
+    grad_x = torch.ops.sat_lib.spmm_transposed(values, grad, *lists, None, ctx.block, x.shape[2], ctx.scale)
+    return grad_values, grad_x, *_NO_LISTS, None, None, None, None
 
 
 def _save_softmax(ctx, inputs, output):
-    _, lists, _, block, heads, keys, _ = inputs
+    _, *lists, _, block, heads, keys, _ = inputs
     ctx.save_for_backward(output, *lists)
     ctx.block, ctx.heads, ctx.keys = block, heads, keys
 
 
 def _differentiate_softmax(ctx, grad):
     weights, *lists = ctx.saved_tensors
-    grad = torch.ops.sat_lib.sparse_softmax_backward(grad, weights, lists, ctx.block, ctx.heads, ctx.keys)
-    return grad, _NO_LISTS, None, None, None, None, None
+    grad = torch.ops.sat_lib.sparse_softmax_backward(grad, weights, *lists, ctx.block, ctx.heads, ctx.keys)
+    return grad, *_NO_LISTS, None, None, None, None, None
 
 
 for _name, _differentiate, _save in (

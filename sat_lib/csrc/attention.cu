@@ -8,10 +8,10 @@
 // q (B, H, Lq, d), k and v (B, H, Lk, d); padding keys weigh 0; a row without keys gives 0 and takes no gradient.
 //
 // Plan: a warp owns 16 M rows of one head and walks through their list of kept blocks, 8 N columns at a time. Forward:
-// rows are queries. Backward: one launch with two roles, neighbours in the grid so that a head's second read hits L2:
-// row tiles gather dQ, column tiles gather dK and dV. Nobody adds to anybody else's result, so there are no atomics and
-// the same input gives the same bits. Every score is computed twice for that, which costs less than one more tensor.
-// delta is recomputed where it is needed: a dot product from L2 instead of another pass over dO and O.
+// rows are queries. Backward: a first launch computes delta; a second has two roles, neighbours in the grid so that a
+// head's second read hits L2: row tiles gather dQ, column tiles gather dK and dV. Nobody adds to anybody else's result,
+// so there are no atomics and the same input gives the same bits. Every score is computed twice for that, which costs
+// less than one more tensor in memory.
 
 #include "common.cuh"
 
@@ -24,14 +24,12 @@ template <class F, int P, int M, int N, bool held, int resident>
 __global__ void __launch_bounds__(kThreads, resident) forward_kernel(const Attention p) {
   const Lane lane;
   const Shape& shape = p.shape;
-  const int parts = thread_blocks(shape.queries, 16 * M);
-  const Tile tile(shape, blockIdx.x / parts, blockIdx.x % parts, 16 * M, shape.queries);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, 16 * M);
+  if (tile.first >= shape.queries) return;
   const int width = shape.head_size * F::kBytes;
-  const Matrix q(p.q, tile.b, tile.h, shape.queries, width);
-  const Matrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
-  const Matrix out(p.out, tile.b, tile.h, shape.queries, width);
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const Matrix q(p.q, tile.b, tile.h, shape.queries, width), out(p.out, tile.b, tile.h, shape.queries, width);
+  const NearMatrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
   const float scale = p.scale * kLog2e;
 
   const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
@@ -43,11 +41,10 @@ __global__ void __launch_bounds__(kThreads, resident) forward_kernel(const Atten
   Sums<M, P> sums;
   clear<M, P>(sums);
 
-  for (int i = list.begin; i < list.end; ++i) {
-    const int start = __ldg(p.layout.row_columns + i) << p.layout.block_log2;
-    const int end = min(start + p.layout.block, shape.keys);
-    for (int first = start; first < end; first += 8 * N) {
+  for (Walk walk(list, p.layout.row_columns, p.layout, shape.keys); walk.go_on(); walk.next())
+    for (int first = walk.start; first < walk.end; first += 8 * N) {
       float scores[M][N][4], factors[M][2];
+      const Chunk<F, P, N, (P <= 2)> values(v, first, lane);
       multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
       mask_keys<M, N>(scores, mask, first, shape.keys, lane);
       soften<M, N>(scores, rows, factors, scale);
@@ -59,18 +56,17 @@ __global__ void __launch_bounds__(kThreads, resident) forward_kernel(const Atten
           for (int x = 0; x < 4; ++x)
 #pragma unroll
             for (int y = 0; y < 4; ++y) sums[m][c][x][y] *= factors[m][y / 2];
-      multiply_scores<F, M, N, P>(sums, scores, v, first, lane);
+      multiply_scores<F, M, N, P>(sums, scores, values, lane);
     }
-  }
 
-  float* lse = p.lse + (int64_t{tile.b} * shape.heads + tile.h) * shape.queries;
+  float* lse = p.lse + tile.head(shape) * shape.queries;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.first + 16 * m + 8 * half + lane.g;
       const float whole = quad_sum(rows[m][half].total);
-      store_sums<F, M, P>(out, row, sums, m, half, whole > 0 ? 1 / whole : 0, lane);
+      store_sums<F, M, P>(out, row, sums, m, half, whole > 0 ? __fdividef(1, whole) : 0, lane);
       if (lane.t == 0 && row < shape.queries) lse[row] = RunningSoftmax::lse(rows[m][half].peak, whole);
     }
 }
@@ -92,68 +88,64 @@ __device__ inline float dot(const Piece& x, const Piece& y) {
   return sum;
 }
 
-// delta of one row, the same in all four lanes of the quad.
-template <class F, int P>
-__device__ inline float row_delta(const Matrix& grad, const Matrix& out, int row, Lane lane) {
-  float sum = 0;
-#pragma unroll
-  for (int c = 0; c < P * F::kBytes / 2; ++c) {
-    const int byte = 64 * c + 16 * lane.t;
-    sum += dot<F>(grad.template load<16>(row, byte), out.template load<16>(row, byte));
-  }
-  return quad_sum(sum);
+// What every score of a query's row needs: its LSE in base 2, +inf beyond the last query, and delta. 8 rows a warp.
+template <class F>
+__global__ void __launch_bounds__(kThreads) row_terms_kernel(const Attention p) {
+  const Lane lane;
+  const Shape& shape = p.shape;
+  const Tile tile(blockIdx.x, 8);
+  const int width = shape.head_size * F::kBytes, row = tile.first + lane.g, rows = p.layout.rows * p.layout.block;
+  if (tile.first >= rows) return;
+  const Matrix grad(p.grad_out, tile.b, tile.h, shape.queries, width), out(p.out, tile.b, tile.h, shape.queries, width);
+  const float lse = row < shape.queries ? __ldg(p.lse + tile.head(shape) * shape.queries + row) * kLog2e : INFINITY;
+  float delta = 0;
+  for (int byte = 16 * lane.t; byte < width; byte += 64)
+    delta += dot<F>(grad.load<16>(row, byte), out.load<16>(row, byte));
+  delta = quad_sum(delta);
+  if (lane.t == 0) p.row_terms[tile.head(shape) * rows + row] = make_float2(lse, delta);
 }
 
 template <class F, int P, int M, int N, bool held>
-__device__ inline void gather_queries(const Attention& p, int64_t head, int part) {
+__device__ inline void gather_queries(const Attention& p, int part) {
   const Lane lane;
   const Shape& shape = p.shape;
-  const Tile tile(shape, head, part, 16 * M, shape.queries);
-  if (!tile.inside) return;
+  const Tile tile(part, 16 * M);
+  if (tile.first >= shape.queries) return;
   const int width = shape.head_size * F::kBytes;
   const Matrix q(p.q, tile.b, tile.h, shape.queries, width), grad(p.grad_out, tile.b, tile.h, shape.queries, width);
-  const Matrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
-  const Matrix out(p.out, tile.b, tile.h, shape.queries, width);
+  const NearMatrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
   const Matrix grad_q(p.grad_q, tile.b, tile.h, shape.queries, width);
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
-  const float* lse = p.lse + head * shape.queries;
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
+  const float2* terms = p.row_terms + tile.head(shape) * (p.layout.rows * p.layout.block) + tile.first + lane.g;
   const float scale = p.scale * kLog2e;
 
   const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
+  const Rows<F, P, M, held> queries(q, tile.first, lane), grads(grad, tile.first, lane);
+  float2 term[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) term[m][half] = __ldg(terms + 16 * m + 8 * half);
   Sums<M, P> sums;
   clear<M, P>(sums);
-  if (list.begin < list.end) {
-    const Rows<F, P, M, held> queries(q, tile.first, lane), grads(grad, tile.first, lane);
-    float base[M][2], delta[M][2];
+  for (Walk walk(list, p.layout.row_columns, p.layout, shape.keys); walk.go_on(); walk.next())
+    for (int first = walk.start; first < walk.end; first += 8 * N) {
+      float scores[M][N][4], grad_weights[M][N][4];
+      const Chunk<F, P, N, (P == 1)> keys(k, first, lane);
+      multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
+      multiply_rows<F, P, M, N>(grad_weights, grads, v, first, lane);
+      mask_keys<M, N>(scores, mask, first, shape.keys, lane);
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile.first + 16 * m + 8 * half + lane.g;
-        base[m][half] = row < shape.queries ? __ldg(lse + row) * kLog2e : INFINITY;
-        delta[m][half] = row_delta<F, P>(grad, out, row, lane);
-      }
-    for (int i = list.begin; i < list.end; ++i) {
-      const int start = __ldg(p.layout.row_columns + i) << p.layout.block_log2;
-      const int end = min(start + p.layout.block, shape.keys);
-      for (int first = start; first < end; first += 8 * N) {
-        float scores[M][N][4], grad_weights[M][N][4];
-        multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
-        multiply_rows<F, P, M, N>(grad_weights, grads, v, first, lane);
-        mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+        for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int j = 0; j < N; ++j)
-#pragma unroll
-            for (int x = 0; x < 4; ++x) {
-              const float weight = exp2f(fmaf(scores[m][j][x], scale, -base[m][x / 2]));
-              scores[m][j][x] = weight * (grad_weights[m][j][x] - delta[m][x / 2]);
-            }
-        multiply_scores<F, M, N, P>(sums, scores, k, first, lane);
-      }
+          for (int x = 0; x < 4; ++x) {
+            const float weight = power_of_two(fmaf(scores[m][j][x], scale, -term[m][x / 2].x));
+            scores[m][j][x] = weight * (grad_weights[m][j][x] - term[m][x / 2].y);
+          }
+      multiply_scores<F, M, N, P>(sums, scores, keys, lane);
     }
-  }
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -162,101 +154,91 @@ __device__ inline void gather_queries(const Attention& p, int64_t head, int part
 }
 
 template <class F, int P, int M, int N, bool held>
-__device__ inline void gather_keys(const Attention& p, int64_t head, int part) {
+__device__ inline void gather_keys(const Attention& p, int part) {
   const Lane lane;
   const Shape& shape = p.shape;
-  const Tile tile(shape, head, part, 16 * M, shape.keys);
-  if (!tile.inside) return;
+  const Tile tile(part, 16 * M);
+  if (tile.first >= shape.keys) return;
   const int width = shape.head_size * F::kBytes;
-  const Matrix q(p.q, tile.b, tile.h, shape.queries, width), grad(p.grad_out, tile.b, tile.h, shape.queries, width);
+  const NearMatrix q(p.q, tile.b, tile.h, shape.queries, width);
+  const NearMatrix grad(p.grad_out, tile.b, tile.h, shape.queries, width);
   const Matrix k(p.k, tile.b, tile.h, shape.keys, width), v(p.v, tile.b, tile.h, shape.keys, width);
-  const Matrix out(p.out, tile.b, tile.h, shape.queries, width);
   const Matrix grad_k(p.grad_k, tile.b, tile.h, shape.keys, width);
   const Matrix grad_v(p.grad_v, tile.b, tile.h, shape.keys, width);
-  const float* lse = p.lse + head * shape.queries;
+  const float2* terms = p.row_terms + tile.head(shape) * (p.layout.rows * p.layout.block);
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
   const float scale = p.scale * kLog2e;
 
   const List list(p.layout.column_offsets, p.layout, p.layout.columns, tile.h, tile.first >> p.layout.block_log2);
+  const Rows<F, P, M, held> keys(k, tile.first, lane), values(v, tile.first, lane);
+  bool real[M][2];  // a padding key's sums may be anything; it takes no gradient
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = tile.first + 16 * m + 8 * half + lane.g;
+      real[m][half] = key < shape.keys && (mask == nullptr || __ldg(mask + key));
+    }
   Sums<M, P> sums_k, sums_v;
   clear<M, P>(sums_k);
   clear<M, P>(sums_v);
-  if (list.begin < list.end) {
-    const Rows<F, P, M, held> keys(k, tile.first, lane), values(v, tile.first, lane);
-    bool real[M][2];  // padding keys take no gradient
+  for (Walk walk(list, p.layout.column_rows, p.layout, shape.queries); walk.go_on(); walk.next())
+    for (int first = walk.start; first < walk.end; first += 8 * N) {
+      float weights[M][N][4], grads[M][N][4];  // transposed: rows are keys, columns are queries
+      const Chunk<F, P, N, (P == 1 && kHalf<F>)> chunk_q(q, first, lane), chunk_grad(grad, first, lane);
+      multiply_rows<F, P, M, N>(weights, keys, q, first, lane);
+      multiply_rows<F, P, M, N>(grads, values, grad, first, lane);
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < N; ++j) {
+        const float4 term = __ldg(reinterpret_cast<const float4*>(terms + first + held_column<N>(j, lane.t)));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int key = tile.first + 16 * m + 8 * half + lane.g;
-        real[m][half] = key < shape.keys && (!p.key_mask || __ldg(p.key_mask + int64_t{tile.b} * shape.keys + key));
-      }
-    for (int i = list.begin; i < list.end; ++i) {
-      const int start = __ldg(p.layout.column_rows + i) << p.layout.block_log2;
-      const int end = min(start + p.layout.block, shape.queries);
-      for (int first = start; first < end; first += 8 * N) {
-        float weights[M][N][4], grads[M][N][4];  // transposed: rows are keys, columns are queries
-        multiply_rows<F, P, M, N>(weights, keys, q, first, lane);
-        multiply_rows<F, P, M, N>(grads, values, grad, first, lane);
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          const float read = row_delta<F, P>(grad, out, first + read_row<N>(j, lane.g), lane);
-#pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            const float delta = __shfl_sync(kAll, read, 4 * (2 * lane.t + x));
-            const int query = first + held_column<N>(j, lane.t) + x;
-            const float base = query < shape.queries ? __ldg(lse + query) * kLog2e : INFINITY;
-#pragma unroll
-            for (int m = 0; m < M; ++m)
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                float& weight = weights[m][j][2 * half + x];
-                float& grad_weight = grads[m][j][2 * half + x];
-                weight = real[m][half] ? exp2f(fmaf(weight, scale, -base)) : 0;
-                grad_weight = weight * (grad_weight - delta);
-              }
+          for (int x = 0; x < 4; ++x) {
+            const float base = x % 2 ? term.z : term.x, delta = x % 2 ? term.w : term.y;
+            const float weight = power_of_two(fmaf(weights[m][j][x], scale, -base));
+            weights[m][j][x] = weight;
+            grads[m][j][x] = weight * (grads[m][j][x] - delta);
           }
-        }
-        multiply_scores<F, M, N, P>(sums_v, weights, grad, first, lane);
-        multiply_scores<F, M, N, P>(sums_k, grads, q, first, lane);
       }
+      multiply_scores<F, M, N, P>(sums_v, weights, chunk_grad, lane);
+      multiply_scores<F, M, N, P>(sums_k, grads, chunk_q, lane);
     }
-  }
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile.first + 16 * m + 8 * half + lane.g;
-      store_sums<F, M, P>(grad_k, row, sums_k, m, half, p.scale, lane);
-      store_sums<F, M, P>(grad_v, row, sums_v, m, half, 1, lane);
+      store_sums<F, M, P>(grad_k, row, sums_k, m, half, real[m][half] ? p.scale : 0, lane);
+      store_sums<F, M, P>(grad_v, row, sums_v, m, half, real[m][half] ? 1 : 0, lane);
     }
 }
 
 template <class F, int P, int M, int N, bool held, int resident>
-__global__ void __launch_bounds__(kThreads, resident) backward_kernel(const Attention p) {
-  const int row_parts = thread_blocks(p.shape.queries, 16 * M);
-  const int parts = row_parts + thread_blocks(p.shape.keys, 16 * M);
-  const int64_t head = blockIdx.x / parts;
-  const int part = blockIdx.x % parts;
+__global__ void __launch_bounds__(kThreads, resident) backward_kernel(const Attention p, int row_parts) {
+  const int part = blockIdx.x;
   if (part < row_parts)
-    gather_queries<F, P, M, N, held>(p, head, part);
+    gather_queries<F, P, M, N, held>(p, part);
   else
-    gather_keys<F, P, M, N, held>(p, head, part - row_parts);
+    gather_keys<F, P, M, N, held>(p, part - row_parts);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <class F, int P, int M, int N, bool held, int resident>
 cudaError_t launch_forward(const Attention& p, cudaStream_t stream) {
-  const int64_t grid = int64_t{p.shape.batch} * p.shape.heads * thread_blocks(p.shape.queries, 16 * M);
-  forward_kernel<F, P, M, N, held, resident><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  const int warps = warps_of(p.layout, 16 * M), parts = ceil_div(p.shape.queries, 16 * M * warps);
+  forward_kernel<F, P, M, N, held, resident><<<grid_of(p.shape, parts), 32 * warps, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <class F, int P, int M, int N, bool held, int resident>
 cudaError_t launch_backward(const Attention& p, cudaStream_t stream) {
-  const int parts = thread_blocks(p.shape.queries, 16 * M) + thread_blocks(p.shape.keys, 16 * M);
-  const int64_t grid = int64_t{p.shape.batch} * p.shape.heads * parts;
-  backward_kernel<F, P, M, N, held, resident><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  const int rows = ceil_div(p.layout.rows * p.layout.block, 8 * kWarps);
+  row_terms_kernel<F><<<grid_of(p.shape, rows), kThreads, 0, stream>>>(p);
+  const int warps = warps_of(p.layout, 16 * M), row_parts = ceil_div(p.shape.queries, 16 * M * warps);
+  const dim3 grid = grid_of(p.shape, row_parts + ceil_div(p.shape.keys, 16 * M * warps));
+  backward_kernel<F, P, M, N, held, resident><<<grid, 32 * warps, 0, stream>>>(p, row_parts);
   return cudaGetLastError();
 }
 

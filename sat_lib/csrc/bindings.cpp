@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "block_sparse.h"
@@ -15,6 +16,7 @@ namespace {
 
 using at::Tensor;
 using Mask = std::optional<Tensor>;
+using Lists = std::array<Tensor, 5>;  // row_offsets, row_columns, column_offsets, column_rows, column_to_row of a layout
 
 sat::Format format_of(const Tensor& x, bool tf32) {
   switch (x.scalar_type()) {
@@ -28,6 +30,7 @@ sat::Format format_of(const Tensor& x, bool tf32) {
 // The tensor itself if the kernels can read it: last axis contiguous, every row at a multiple of 16 bytes.
 Tensor readable(const Tensor& x) {
   bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+  fits = fits && x.size(2) * x.stride(2) * x.element_size() < (int64_t{1} << 32);  // one head's offsets are 32 bit
   for (int axis = 0; axis < 3; ++axis)
     fits = fits && (x.size(axis) == 1 || x.stride(axis) * x.element_size() % 16 == 0);
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);
@@ -49,8 +52,7 @@ sat::Shape shape_of(const Tensor& q, const Tensor& k) {
           static_cast<int>(k.size(2)), static_cast<int>(k.size(3))};
 }
 
-// lists: row_offsets, row_columns, column_offsets, column_rows, column_to_row of a BlockLayout.
-sat::Layout layout_of(at::TensorList lists, int64_t block, int64_t keys) {
+sat::Layout layout_of(const Lists& lists, int64_t block, int64_t keys) {
   sat::Layout layout = {};
   layout.row_offsets = lists[0].data_ptr<int>();
   layout.row_columns = lists[1].data_ptr<int>();
@@ -79,8 +81,11 @@ Mask contiguous(const Mask& mask) { return mask ? Mask(mask->contiguous()) : mas
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const Tensor& v0, at::TensorList lists,
-                                     const Mask& mask0, int64_t block, double scale, bool pruned_weigh, bool tf32) {
+std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const Tensor& v0, const Tensor& row_offsets,
+                                     const Tensor& row_columns, const Tensor& column_offsets, const Tensor& column_rows,
+                                     const Tensor& column_to_row, const Mask& mask0, int64_t block, double scale,
+                                     bool pruned_weigh, bool tf32) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0), v = readable(v0);
   const Mask mask = contiguous(mask0);
@@ -97,8 +102,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const T
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const Tensor& q0, const Tensor& k0,
                                                       const Tensor& v0, const Tensor& out0, const Tensor& lse,
-                                                      at::TensorList lists, const Mask& mask0, int64_t block,
+                                                      const Tensor& row_offsets, const Tensor& row_columns,
+                                                      const Tensor& column_offsets, const Tensor& column_rows,
+                                                      const Tensor& column_to_row, const Mask& mask0, int64_t block,
                                                       double scale, bool tf32) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0), v = readable(v0), out = readable(out0), grad = readable(grad0);
   const Mask mask = contiguous(mask0);
@@ -106,6 +114,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const
   sat::Attention call = {format_of(q, tf32), shape_of(q, k), layout_of(lists, block, k.size(2))};
   call.q = view(q), call.k = view(k), call.v = view(v), call.out = view(out);
   call.grad_out = view(grad), call.grad_q = view(grad_q), call.grad_k = view(grad_k), call.grad_v = view(grad_v);
+  const int64_t rows = int64_t{call.layout.rows} * block;
+  Tensor row_terms = at::empty({q.size(0), q.size(1), rows, 2}, lse.options());
+  call.row_terms = reinterpret_cast<float2*>(row_terms.data_ptr<float>());
   call.lse = lse.data_ptr<float>();
   call.key_mask = mask_of(mask);
   call.scale = static_cast<float>(scale);
@@ -113,8 +124,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const
   return {grad_q, grad_k, grad_v};
 }
 
-Tensor sddmm(const Tensor& q0, const Tensor& k0, at::TensorList lists, const Mask& mask0, int64_t block, double scale,
-             bool tf32) {
+Tensor sddmm(const Tensor& q0, const Tensor& k0, const Tensor& row_offsets, const Tensor& row_columns,
+             const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row, const Mask& mask0,
+             int64_t block, double scale, bool tf32) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0);
   const Mask mask = contiguous(mask0);
@@ -128,7 +141,7 @@ Tensor sddmm(const Tensor& q0, const Tensor& k0, at::TensorList lists, const Mas
   return values;
 }
 
-Tensor spmm_either(bool transposed, const Tensor& values0, const Tensor& x0, at::TensorList lists, const Mask& mask0,
+Tensor spmm_either(bool transposed, const Tensor& values0, const Tensor& x0, const Lists& lists, const Mask& mask0,
                    int64_t block, int64_t length, double scale, bool tf32) {
   const c10::cuda::CUDAGuard guard(x0.device());
   const Tensor values = values0.contiguous(), x = readable(x0);
@@ -144,17 +157,21 @@ Tensor spmm_either(bool transposed, const Tensor& values0, const Tensor& x0, at:
   return out;
 }
 
-Tensor spmm(const Tensor& values, const Tensor& x, at::TensorList lists, const Mask& mask, int64_t block,
-            int64_t queries, double scale, bool tf32) {
+Tensor spmm(const Tensor& values, const Tensor& x, const Tensor& row_offsets, const Tensor& row_columns,
+            const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row, const Mask& mask,
+            int64_t block, int64_t queries, double scale, bool tf32) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   return spmm_either(false, values, x, lists, mask, block, queries, scale, tf32);
 }
 
-Tensor spmm_transposed(const Tensor& values, const Tensor& x, at::TensorList lists, const Mask& mask, int64_t block,
-                       int64_t keys, double scale, bool tf32) {
+Tensor spmm_transposed(const Tensor& values, const Tensor& x, const Tensor& row_offsets, const Tensor& row_columns,
+                       const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row,
+                       const Mask& mask, int64_t block, int64_t keys, double scale, bool tf32) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   return spmm_either(true, values, x, lists, mask, block, keys, scale, tf32);
 }
 
-sat::Softmax softmax_call(const Tensor& scores, const Tensor& weights, at::TensorList lists, int64_t block,
+sat::Softmax softmax_call(const Tensor& scores, const Tensor& weights, const Lists& lists, int64_t block,
                           int64_t heads, int64_t keys) {
   sat::Softmax call = {format_of(scores, false)};
   call.shape = {static_cast<int>(scores.size(0)), static_cast<int>(heads), 0, static_cast<int>(keys), 0};
@@ -164,8 +181,10 @@ sat::Softmax softmax_call(const Tensor& scores, const Tensor& weights, at::Tenso
   return call;
 }
 
-Tensor sparse_softmax(const Tensor& scores0, at::TensorList lists, const Mask& mask0, int64_t block, int64_t heads,
-                      int64_t keys, bool pruned_weigh) {
+Tensor sparse_softmax(const Tensor& scores0, const Tensor& row_offsets, const Tensor& row_columns,
+                      const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row,
+                      const Mask& mask0, int64_t block, int64_t heads, int64_t keys, bool pruned_weigh) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(scores0.device());
   const Tensor scores = scores0.contiguous();
   const Mask mask = contiguous(mask0);
@@ -177,8 +196,10 @@ Tensor sparse_softmax(const Tensor& scores0, at::TensorList lists, const Mask& m
   return weights;
 }
 
-Tensor sparse_softmax_backward(const Tensor& grad0, const Tensor& weights0, at::TensorList lists, int64_t block,
-                               int64_t heads, int64_t keys) {
+Tensor sparse_softmax_backward(const Tensor& grad0, const Tensor& weights0, const Tensor& row_offsets,
+                               const Tensor& row_columns, const Tensor& column_offsets, const Tensor& column_rows,
+                               const Tensor& column_to_row, int64_t block, int64_t heads, int64_t keys) {
+  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(grad0.device());
   const Tensor grad = grad0.contiguous(), weights = weights0.contiguous();
   Tensor grad_scores = at::empty_like(grad);
@@ -208,7 +229,8 @@ std::tuple<Tensor, Tensor> attention_statistics(const Tensor& q0, const Tensor& 
   call.splits = splits_of(call.shape);
   const auto wide = q.options().dtype(at::kFloat);
   const int64_t queries = q.size(2), keys = k.size(2);
-  Tensor lse = at::empty({q.size(0), q.size(1), queries}, wide), partial = at::empty({call.splits, queries, keys}, wide);
+  const int64_t padded = (queries + sat::kMapTile - 1) / sat::kMapTile * sat::kMapTile;
+  Tensor lse = at::empty({q.size(0), q.size(1), padded}, wide), partial = at::empty({call.splits, queries, keys}, wide);
   Tensor mean_map = at::empty({queries, keys}, wide);
   Tensor pooled = at::empty({(queries + block - 1) / block, (keys + block - 1) / block}, wide);
   call.lse = lse.data_ptr<float>(), call.partial = partial.data_ptr<float>();

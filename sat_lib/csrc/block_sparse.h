@@ -46,6 +46,7 @@ struct Attention {
   float scale;
   bool pruned_weigh;  // the "zero" rule: pruned keys stay in the denominator with raw score 0
   View grad_out, grad_q, grad_k, grad_v;
+  float2* row_terms;  // backward's workspace, (B, H, R b): LSE in base 2 and delta of every query
 };
 cudaError_t attention_forward(const Attention& attention, cudaStream_t stream);
 cudaError_t attention_backward(const Attention& attention, cudaStream_t stream);
@@ -77,12 +78,14 @@ struct Softmax {
 cudaError_t sparse_softmax(const Softmax& softmax, cudaStream_t stream);
 cudaError_t sparse_softmax_backward(const Softmax& softmax, cudaStream_t stream);
 
+constexpr int kMapTile = 128;  // side of the piece of the map that one thread block sums up
+
 // Means of the dense attention map over batch and heads.
 struct Statistics {
   Format format;
   Shape shape;
   View q, k;
-  float* lse;       // (B, H, Lq), workspace
+  float* lse;       // (B, H, Lq rounded up to kMapTile), workspace
   float* partial;   // (splits, Lq, Lk), workspace
   float* mean_map;  // (Lq, Lk)
   float* pooled;    // (R, C)
@@ -90,7 +93,6 @@ struct Statistics {
   float scale;
   int block, splits;
 };
-constexpr int kMapTile = 128;  // side of the piece of the map that one thread block sums up
 cudaError_t attention_statistics(const Statistics& statistics, cudaStream_t stream);
 
 }  // namespace sat

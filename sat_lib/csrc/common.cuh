@@ -19,7 +19,7 @@
 
 namespace sat {
 
-constexpr int kWarps = 4;  // of a thread block; each works alone
+constexpr int kWarps = 4;  // of a thread block, at most; each works alone
 constexpr int kThreads = 32 * kWarps;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -33,6 +33,13 @@ struct Lane {
 struct Piece {
   uint32_t w[4];
 };
+
+// 2^x in one instruction, to 2^-22; exp2f would spend four on results below 2^-126.
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // ---- number formats -------------------------------------------------------------------------------------------------
 
@@ -102,9 +109,12 @@ struct Fp32 {
     uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
     split(a, high_a, low_a);
     split(b, high_b, low_b);
-    mma_tf32(c, low_a, high_b);
-    mma_tf32(c, high_a, low_b);
-    mma_tf32(c, high_a, high_b);
+    float sum[4] = {};  // added up apart: the instruction cuts off where an addition rounds
+    mma_tf32(sum, low_a, high_b);
+    mma_tf32(sum, high_a, low_b);
+    mma_tf32(sum, high_a, high_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
   }
 };
 
@@ -136,18 +146,28 @@ __device__ inline Piece load_piece(const char* at) {
 // One head's (rows, width) matrix; what lies outside reads as 0 and is not written.
 struct Matrix {
   char* data;
-  int64_t stride;  // bytes from row to row
+  unsigned stride;  // bytes from row to row; one head's rows lie within 4 GiB
   int rows;
   int width;  // bytes
 
-  __device__ Matrix(const View& view, int b, int h, int rows, int width)
+  __device__ Matrix(const View& view, unsigned b, unsigned h, int rows, int width)
       : data(view.data + b * view.batch + h * view.head), stride(view.row), rows(rows), width(width) {}
   __device__ bool inside(int row, int byte) const { return row < rows && byte < width; }
-  __device__ char* at(int row, int byte) const { return data + row * stride + byte; }
+  __device__ char* at(int row, int byte) const { return data + (row * stride + byte); }
 
   template <int bytes>
   __device__ Piece load(int row, int byte) const {
     return inside(row, byte) ? load_piece<bytes>(at(row, byte)) : Piece{};
+  }
+};
+
+// The same for right operands: what lies outside reads as some number inside, which is cheaper. It meets a 0 of the left
+// operand, ends in a column that isn't stored, or in a score that is then masked.
+struct NearMatrix : Matrix {
+  using Matrix::Matrix;
+  template <int bytes>
+  __device__ Piece load(int row, int byte) const {
+    return load_piece<bytes>(at(min(row, rows - 1), byte < width ? byte : 0));
   }
 };
 
@@ -179,28 +199,39 @@ __device__ inline void store(char* at, const float (&x)[n]) {
 template <class F, int P, int M, bool held>
 struct Rows {
   static constexpr int kPieces = P * F::kBytes / 2;
+  using Operands = uint32_t[2][4];  // of the two instructions that a piece feeds
   const Matrix& x;
   const int first;  // this lane's first row
-  Piece pieces[held ? M : 1][2][held ? kPieces : 1];
+  Operands operands[held ? M : 1][held ? kPieces : 1];
 
   __device__ Rows(const Matrix& x, int first, Lane lane) : x(x), first(first + lane.g) {
     if constexpr (held) {
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int c = 0; c < kPieces; ++c) pieces[m][half][c] = read(m, half, c, lane);
+        for (int c = 0; c < kPieces; ++c) read(operands[m][c], m, c, lane);
     }
   }
-  __device__ Piece read(int m, int half, int c, Lane lane) const {
-    return x.template load<16>(first + 16 * m + 8 * half, 64 * c + 16 * lane.t);
+  __device__ void read(Operands& a, int m, int c, Lane lane) const {
+    const Piece low = x.template load<16>(first + 16 * m, 64 * c + 16 * lane.t);
+    const Piece high = x.template load<16>(first + 16 * m + 8, 64 * c + 16 * lane.t);
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[s][i] = (i % 2 ? high : low).w[2 * s + i / 2];
+        asm volatile("" : "+r"(a[s][i]));  // once in the instruction's order, stay there: don't copy at every use
+      }
   }
-  __device__ Piece get(int m, int half, int c, Lane lane) const {
-    if constexpr (held)
-      return pieces[m][half][c];
-    else
-      return read(m, half, c, lane);
+  __device__ void get(Operands& a, int m, int c, Lane lane) const {
+    if constexpr (held) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[s][i] = operands[m][c][s][i];
+    } else {
+      read(a, m, c, lane);
+    }
   }
 };
 
@@ -218,8 +249,8 @@ __device__ inline int read_row(int j, int g) {
 
 // scores[m][j] = rows of a (16 M) times rows first .. first + 8 N of b.
 template <class F, int P, int M, int N, bool held>
-__device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, M, held>& a, const Matrix& b, int first,
-                                     Lane lane) {
+__device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, M, held>& a, const NearMatrix& b,
+                                     int first, Lane lane) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -228,12 +259,9 @@ __device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, 
       for (int i = 0; i < 4; ++i) scores[m][j][i] = 0;
 #pragma unroll
   for (int c = 0; c < Rows<F, P, M, held>::kPieces; ++c) {
-    Piece low[M], high[M];
+    uint32_t left[M][2][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      low[m] = a.get(m, 0, c, lane);
-      high[m] = a.get(m, 1, c, lane);
-    }
+    for (int m = 0; m < M; ++m) a.get(left[m], m, c, lane);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Piece y = b.template load<16>(first + read_row<N>(j, lane.g), 64 * c + 16 * lane.t);
@@ -241,8 +269,7 @@ __device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, 
       for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int m = 0; m < M; ++m)
-          F::mma(scores[m][j], {low[m].w[2 * s], high[m].w[2 * s], low[m].w[2 * s + 1], high[m].w[2 * s + 1]},
-                 {y.w[2 * s], y.w[2 * s + 1]});
+          F::mma(scores[m][j], left[m][s], {y.w[2 * s], y.w[2 * s + 1]});
     }
   }
 }
@@ -252,7 +279,8 @@ template <class F, int wide>
 struct Columns {
   Piece rows[kLaneRows<F>];
 
-  __device__ void load(const Matrix& x, int first, int byte) {
+  template <class X>
+  __device__ void load(const X& x, int first, int byte) {
 #pragma unroll
     for (int i = 0; i < kLaneRows<F>; ++i) rows[i] = x.template load<wide * F::kBytes>(first + i, byte);
   }
@@ -281,27 +309,61 @@ __device__ inline void clear(Sums<M, P>& sums) {
         for (int i = 0; i < 4; ++i) sums[m][p][v][i] = 0;
 }
 
-// sums += a times rows first .. first + kLaneRows (this lane's) of x: one contraction step.
+// sums += a times these columns, 32 of them: one contraction step.
 template <class F, int M, int P>
-__device__ inline void multiply_columns(Sums<M, P>& sums, const uint32_t (&a)[M][4], const Matrix& x, int first,
+__device__ inline void multiply_panel(Sums<M, P>& sums, int p, const uint32_t (&a)[M][4], const Columns<F, 4>& columns) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v)
+#pragma unroll
+    for (int m = 0; m < M; ++m) F::mma(sums[m][p][v], a[m], {columns.get(v, 0), columns.get(v, 1)});
+}
+
+// sums += a times rows first .. first + kLaneRows (this lane's) of x: one contraction step.
+template <class F, int M, int P, class X>
+__device__ inline void multiply_columns(Sums<M, P>& sums, const uint32_t (&a)[M][4], const X& x, int first,
                                         Lane lane) {
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     Columns<F, 4> columns;
     columns.load(x, first, (32 * p + 4 * lane.g) * F::kBytes);
-#pragma unroll
-    for (int v = 0; v < 4; ++v)
-#pragma unroll
-      for (int m = 0; m < M; ++m) F::mma(sums[m][p][v], a[m], {columns.get(v, 0), columns.get(v, 1)});
+    multiply_panel<F, M, P>(sums, p, a, columns);
   }
 }
 
-// sums += scores (as they came out of multiply_rows) times rows first .. first + 8 N of x.
-template <class F, int M, int N, int P>
-__device__ inline void multiply_scores(Sums<M, P>& sums, const float (&scores)[M][N][4], const Matrix& x, int first,
-                                       Lane lane) {
+// The rows first .. first + 8 N of x that a chunk of scores is multiplied with. `load` them before the scores are known,
+// so that both operands are on their way at once; with `early` false they are read at their use, to save registers.
+template <class F, int P, int N, bool early>
+struct Chunk {
+  static constexpr int kSteps = N / kTilesAStep<F>;
+  const NearMatrix& x;
+  const int first;  // this lane's first row
+  Columns<F, 4> columns[early ? kSteps : 1][early ? P : 1];
+
+  __device__ Chunk(const NearMatrix& x, int first, Lane lane) : x(x), first(first + 2 * N * lane.t) {
+    if constexpr (early) {
 #pragma unroll
-  for (int step = 0; step < N / kTilesAStep<F>; ++step) {
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int p = 0; p < P; ++p) read(columns[step][p], step, p, lane);
+    }
+  }
+  __device__ void read(Columns<F, 4>& to, int step, int p, Lane lane) const {
+    to.load(x, first + kLaneRows<F> * step, (32 * p + 4 * lane.g) * F::kBytes);
+  }
+  __device__ Columns<F, 4> get(int step, int p, Lane lane) const {
+    if constexpr (early) return columns[step][p];
+    Columns<F, 4> now;
+    read(now, step, p, lane);
+    return now;
+  }
+};
+
+// sums += scores (as they came out of multiply_rows) times the chunk's rows.
+template <class F, int M, int N, int P, bool early>
+__device__ inline void multiply_scores(Sums<M, P>& sums, const float (&scores)[M][N][4],
+                                       const Chunk<F, P, N, early>& chunk, Lane lane) {
+#pragma unroll
+  for (int step = 0; step < Chunk<F, P, N, early>::kSteps; ++step) {
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -319,7 +381,8 @@ __device__ inline void multiply_scores(Sums<M, P>& sums, const float (&scores)[M
         a[m][3] = __float_as_uint(s[3]);
       }
     }
-    multiply_columns<F, M, P>(sums, a, x, first + 2 * N * lane.t + kLaneRows<F> * step, lane);
+#pragma unroll
+    for (int p = 0; p < P; ++p) multiply_panel<F, M, P>(sums, p, a, chunk.get(step, p, lane));
   }
 }
 
@@ -333,8 +396,8 @@ __device__ inline void store_sums(const Matrix& out, int row, const Sums<M, P>& 
     float x[8];
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      x[v] = sums[m][p][v][2 * half] * factor;
-      x[4 + v] = sums[m][p][v][2 * half + 1] * factor;
+      x[v] = factor == 0 ? 0 : sums[m][p][v][2 * half] * factor;
+      x[4 + v] = factor == 0 ? 0 : sums[m][p][v][2 * half + 1] * factor;
     }
     if (out.inside(row, byte)) store<F>(out.at(row, byte), x);
   }
@@ -342,36 +405,62 @@ __device__ inline void store_sums(const Matrix& out, int row, const Sums<M, P>& 
 
 // ---- which part of the work -----------------------------------------------------------------------------------------
 
-// This warp's 16 M rows of one head: thread blocks of one head are neighbours, so that they share its data in L2.
+// This warp's rows of one head, of the grid (thread blocks of a head, heads, batch): thread blocks of one head are
+// neighbours, so that they share its data in L2.
 struct Tile {
-  int b, h, first;
-  bool inside;
+  unsigned b, h;
+  int first;
 
-  // `part` counts thread blocks within a head, `parts` says how many a head has.
-  __device__ Tile(const Shape& shape, int64_t head, int part, int rows, int length) {
-    b = static_cast<int>(head / shape.heads);
-    h = static_cast<int>(head % shape.heads);
-    first = (part * kWarps + static_cast<int>(threadIdx.x) / 32) * rows;
-    inside = first < length;
+  // `part`: which of the head's thread blocks.
+  __device__ Tile(int part, int rows) : b(blockIdx.z), h(blockIdx.y) {
+    first = (part * static_cast<int>(blockDim.x / 32) + static_cast<int>(threadIdx.x) / 32) * rows;
   }
+  __device__ int64_t head(const Shape& shape) const { return int64_t{b} * shape.heads + h; }
+  __device__ const uint8_t* mask(const uint8_t* masks, int keys) const { return masks ? masks + int64_t{b} * keys : masks; }
 };
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-__host__ __device__ inline int thread_blocks(int length, int rows) { return ceil_div(length, rows * kWarps); }
+
+// Warps of a thread block: those of one block row, whose lists are equally long. A thread block keeps its place on the
+// multiprocessor until its last warp is done, so warps of unlike lists had better not share one.
+inline int warps_of(const Layout& layout, int rows) { return min(max(layout.block / rows, 1), kWarps); }
+
+inline dim3 grid_of(const Shape& shape, int parts) {
+  return dim3(parts, static_cast<unsigned>(shape.heads), static_cast<unsigned>(shape.batch));
+}
 
 // Kept blocks of one block row or column of one head: places begin .. end of the lists.
 struct List {
   int begin, end;
-  __device__ List(const int* offsets, const Layout& layout, int lists, int h, int index) {
+  __device__ List(const int* offsets, const Layout& layout, int lists, unsigned h, int index) {
     const int place = (layout.per_head ? h * lists : 0) + index;
     begin = __ldg(offsets + place);
     end = __ldg(offsets + place + 1);
   }
 };
 
+// Walks through a list of kept blocks, their number one step ahead: entries start .. end along the other axis.
+struct Walk {
+  const int* blocks;
+  int i, last, block_log2, block, length, ahead, start, end;
+
+  __device__ Walk(const List& list, const int* blocks, const Layout& layout, int length)
+      : blocks(blocks), i(list.begin), last(list.end), block_log2(layout.block_log2), block(layout.block),
+        length(length), ahead(0) {
+    if (i < last) ahead = __ldg(blocks + i);
+  }
+  __device__ bool go_on() {
+    start = ahead << block_log2;
+    end = min(start + block, length);
+    if (i + 1 < last) ahead = __ldg(blocks + i + 1);
+    return i < last;
+  }
+  __device__ void next() { ++i; }
+};
+
 // The (b, b) values of the kept block at place `i` of the row lists.
 template <class F>
-__device__ inline char* block_values(char* values, const Layout& layout, const Shape& shape, int b, int h, int i) {
+__device__ inline char* block_values(char* values, const Layout& layout, const Shape& shape, unsigned b, unsigned h, int i) {
   const int64_t blocks = layout.per_head ? layout.kept : int64_t{layout.kept} * shape.heads;
   const int64_t place = b * blocks + (layout.per_head ? 0 : int64_t{layout.kept} * h) + i;
   return values + ((place << (2 * layout.block_log2)) * F::kBytes);
@@ -389,11 +478,10 @@ __device__ inline float quad_sum(float x) {
 
 // Keys that a query of this block row does not keep, from its list (whose columns ascend).
 __device__ inline int pruned_keys(const List& list, const Layout& layout, int keys) {
-  const int size = list.end - list.begin;
-  if (size == 0) return keys;
-  const bool has_last = __ldg(layout.row_columns + list.end - 1) == layout.columns - 1;
-  const int missing = has_last ? layout.columns * layout.block - keys : 0;
-  return keys - (size * layout.block - missing);
+  const int size = list.end - list.begin, missing = layout.columns * layout.block - keys;
+  int kept = size * layout.block;
+  if (missing > 0 && size > 0 && __ldg(layout.row_columns + list.end - 1) == layout.columns - 1) kept -= missing;
+  return keys - kept;
 }
 
 // Running maximum and sum of a row's weights in base 2; a quad of lanes shares the maximum, each has its own sum.
@@ -401,20 +489,18 @@ struct RunningSoftmax {
   float peak, total;
 
   __device__ void start(float pruned, Lane lane) {
-    peak = pruned > 0 ? 0 : -INFINITY;
+    peak = pruned > 0 ? 0 : -1e30f;  // not -inf, whose difference from itself is no number
     total = lane.t == 0 ? pruned : 0;
   }
   // Take up a chunk whose maximum is `highest`; returns what the sums so far must be multiplied with.
   __device__ float raise(float highest) {
-    const float higher = fmaxf(peak, highest);
-    const float factor = peak == higher ? 1 : exp2f(peak - higher);
+    const float higher = fmaxf(peak, highest), factor = power_of_two(peak - higher);
     peak = higher;
     total *= factor;
     return factor;
   }
-  __device__ float base() const { return peak == -INFINITY ? 0 : peak; }
   // Natural logarithm of the sum; +inf where there was nothing, so that exp(score - lse) is 0.
-  static __device__ float lse(float peak, float whole) { return whole > 0 ? (peak + log2f(whole)) * kLn2 : INFINITY; }
+  static __device__ float lse(float peak, float whole) { return whole > 0 ? (peak + __log2f(whole)) * kLn2 : INFINITY; }
 };
 
 // Scores of keys that don't exist or are padding become -inf. Columns of the chunk are keys.
@@ -432,7 +518,7 @@ __device__ inline void mask_keys(float (&scores)[M][N][4], const uint8_t* mask, 
     }
 }
 
-// p = exp(score) relative to the row's running maximum, in place; returns the factors for older sums.
+// p = 2^(scale score), scale > 0, relative to the row's running maximum, in place; returns the factors for older sums.
 template <int M, int N>
 __device__ inline void soften(float (&scores)[M][N][4], RunningSoftmax (&rows)[M][2], float (&factors)[M][2],
                               float scale) {
@@ -444,16 +530,16 @@ __device__ inline void soften(float (&scores)[M][N][4], RunningSoftmax (&rows)[M
 #pragma unroll
       for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) highest = fmaxf(highest, scores[m][j][2 * half + i] * scale);
+        for (int i = 0; i < 2; ++i) highest = fmaxf(highest, scores[m][j][2 * half + i]);
       RunningSoftmax& row = rows[m][half];
-      factors[m][half] = row.raise(quad_max(highest));
-      const float base = row.base();
+      factors[m][half] = row.raise(quad_max(highest) * scale);
+      const float base = row.peak;
 #pragma unroll
       for (int j = 0; j < N; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = scores[m][j][2 * half + i];
-          score = exp2f(fmaf(score, scale, -base));
+          score = power_of_two(fmaf(score, scale, -base));
           row.total += score;
         }
     }

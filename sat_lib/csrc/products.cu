@@ -31,12 +31,12 @@ template <class F, int P, int M, int N>
 __global__ void __launch_bounds__(kThreads) sddmm_kernel(const Product p) {
   const Lane lane;
   const Shape& shape = p.shape;
-  const int parts = thread_blocks(shape.queries, 16 * M);
-  const Tile tile(shape, blockIdx.x / parts, blockIdx.x % parts, 16 * M, p.layout.rows * p.layout.block);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, 16 * M);
+  if (tile.first >= p.layout.rows * p.layout.block) return;
   const int width = shape.head_size * F::kBytes;
-  const Matrix q(p.left, tile.b, tile.h, shape.queries, width), k(p.right, tile.b, tile.h, shape.keys, width);
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const Matrix q(p.left, tile.b, tile.h, shape.queries, width);
+  const NearMatrix k(p.right, tile.b, tile.h, shape.keys, width);
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
   const int block = p.layout.block, within = tile.first & (block - 1);
 
   const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads) sddmm_kernel(const Product p) {
 #pragma unroll
           for (int j = 0; j < 2 * N; ++j) {
             const int key = start + column + 2 * N * lane.t + j;
-            const bool padding = mask != nullptr && key < shape.keys && !__ldg(mask + key);
-            x[j] = padding ? -INFINITY : scores[m][j / 2][2 * half + j % 2] * p.scale;
+            x[j] = key < shape.keys ? scores[m][j / 2][2 * half + j % 2] * p.scale : 0;
+            if (mask != nullptr && key < shape.keys && !__ldg(mask + key)) x[j] = -INFINITY;
           }
           const int row = within + 16 * m + 8 * half + lane.g;
           store<F>(values + (row * block + column + 2 * N * lane.t) * F::kBytes, x);
@@ -69,11 +69,10 @@ template <class F, int P, int M, int N>
 __global__ void __launch_bounds__(kThreads) spmm_kernel(const Product p) {
   const Lane lane;
   const Shape& shape = p.shape;
-  const int parts = thread_blocks(shape.queries, 16 * M);
-  const Tile tile(shape, blockIdx.x / parts, blockIdx.x % parts, 16 * M, shape.queries);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, 16 * M);
+  if (tile.first >= shape.queries) return;
   const int width = shape.head_size * F::kBytes;
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
   const MaskedMatrix x(Matrix(p.right, tile.b, tile.h, shape.keys, width), mask);
   const Matrix out(p.left, tile.b, tile.h, shape.queries, width);
   const int block = p.layout.block, within = tile.first & (block - 1);
@@ -120,13 +119,12 @@ __global__ void __launch_bounds__(kThreads) spmm_transposed_kernel(const Product
   constexpr int kStep = 4 * kLaneRows<F>;  // queries of one contraction step
   const Lane lane;
   const Shape& shape = p.shape;
-  const int parts = thread_blocks(shape.keys, 16 * M);
-  const Tile tile(shape, blockIdx.x / parts, blockIdx.x % parts, 16 * M, shape.keys);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, 16 * M);
+  if (tile.first >= shape.keys) return;
   const int width = shape.head_size * F::kBytes;
   const Matrix x(p.left, tile.b, tile.h, shape.queries, width);
   const Matrix out(p.right, tile.b, tile.h, shape.keys, width);
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
   const int block = p.layout.block, within = tile.first & (block - 1);
 
   const List list(p.layout.column_offsets, p.layout, p.layout.columns, tile.h, tile.first >> p.layout.block_log2);
@@ -135,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) spmm_transposed_kernel(const Product
   for (int i = list.begin; i < list.end; ++i) {
     const int start = __ldg(p.layout.column_rows + i) << p.layout.block_log2;
     char* data = block_values<F>(p.values, p.layout, shape, tile.b, tile.h, __ldg(p.layout.column_to_row + i));
-    Matrix values(View{data, 0, 0, int64_t{block} * F::kBytes}, 0, 0, block, block * F::kBytes);
+    const NearMatrix values(View{data, 0, 0, int64_t{block} * F::kBytes}, 0, 0, block, block * F::kBytes);
     for (int row = 0; row < block; row += kStep) {
       Columns<F, 2 * M> keys;
       keys.load(values, row + kLaneRows<F> * lane.t, (within + 2 * M * lane.g) * F::kBytes);
@@ -159,20 +157,21 @@ __global__ void __launch_bounds__(kThreads) spmm_transposed_kernel(const Product
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-unsigned grid(const Product& p, int length, int rows) {
-  return static_cast<unsigned>(int64_t{p.shape.batch} * p.shape.heads * thread_blocks(length, rows));
-}
-
 enum class Kind { kSddmm, kSpmm, kSpmmTransposed };
 
 template <class F, int P, int M, int N>
 cudaError_t launch(Kind kind, const Product& p, cudaStream_t stream) {
+  const int warps = warps_of(p.layout, 16 * M);
+  int length = kind == Kind::kSpmmTransposed ? p.shape.keys : p.shape.queries;
+  if (kind == Kind::kSddmm) length = p.layout.rows * p.layout.block;  // the last block is written whole
+  const int parts = ceil_div(length, 16 * M * warps);
+  const dim3 grid = grid_of(p.shape, parts);
   if (kind == Kind::kSddmm)
-    sddmm_kernel<F, P, M, N><<<grid(p, p.shape.queries, 16 * M), kThreads, 0, stream>>>(p);
+    sddmm_kernel<F, P, M, N><<<grid, 32 * warps, 0, stream>>>(p);
   else if (kind == Kind::kSpmm)
-    spmm_kernel<F, P, M, N><<<grid(p, p.shape.queries, 16 * M), kThreads, 0, stream>>>(p);
+    spmm_kernel<F, P, M, N><<<grid, 32 * warps, 0, stream>>>(p);
   else
-    spmm_transposed_kernel<F, P, M><<<grid(p, p.shape.keys, 16 * M), kThreads, 0, stream>>>(p);
+    spmm_transposed_kernel<F, P, M><<<grid, 32 * warps, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -63,15 +63,14 @@ __device__ inline void read_scores(float (&x)[kNumbers<F>], const char* at, cons
 template <class F>
 __global__ void __launch_bounds__(kThreads) softmax_kernel(const Softmax p) {
   const Lane lane;
-  const int length = p.layout.rows * p.layout.block, parts = thread_blocks(length, kRows);
-  const Tile tile(p.shape, blockIdx.x / parts, blockIdx.x % parts, kRows, length);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, kRows);
+  if (tile.first >= p.layout.rows * p.layout.block) return;
   const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
   const int row = (tile.first & (p.layout.block - 1)) + lane.g;
   const RowPieces<F> pieces{p.layout, list, row, p.layout.block_log2 + (kHalf<F> ? 1 : 2) - 4};
   const char* scores = block_values<F>(const_cast<char*>(p.scores), p.layout, p.shape, tile.b, tile.h, list.begin);
   char* weights = block_values<F>(p.weights, p.layout, p.shape, tile.b, tile.h, list.begin);
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * p.shape.keys : nullptr;
+  const uint8_t* mask = tile.mask(p.key_mask, p.shape.keys);
   const int count = pieces.count();
 
   const float pruned = p.pruned_weigh ? static_cast<float>(pruned_keys(list, p.layout, p.shape.keys)) : 0;
@@ -83,21 +82,21 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(const Softmax p) {
 #pragma unroll
     for (int n = 0; n < kNumbers<F>; ++n) highest = fmaxf(highest, x[n] * kLog2e);
     if (highest == -INFINITY) continue;
-    total *= exp2f(peak - highest);
+    total *= power_of_two(peak - highest);
     peak = highest;
 #pragma unroll
-    for (int n = 0; n < kNumbers<F>; ++n) total += exp2f(fmaf(x[n], kLog2e, -peak));
+    for (int n = 0; n < kNumbers<F>; ++n) total += power_of_two(fmaf(x[n], kLog2e, -peak));
   }
   const float highest = quad_max(peak);
   const float base = highest == -INFINITY ? 0 : highest;
-  const float whole = quad_sum(total * exp2f(peak - base)) + pruned * exp2f(-base);
+  const float whole = quad_sum(total * power_of_two(peak - base)) + pruned * power_of_two(-base);
   const float factor = whole > 0 ? 1 / whole : 0;
 
   for (int i = lane.t; i < count; i += 4) {
     float x[kNumbers<F>];
     read_scores<F>(x, scores + pieces.offset(i), mask, pieces.key(i), p.shape.keys);
 #pragma unroll
-    for (int n = 0; n < kNumbers<F>; ++n) x[n] = exp2f(fmaf(x[n], kLog2e, -base)) * factor;
+    for (int n = 0; n < kNumbers<F>; ++n) x[n] = power_of_two(fmaf(x[n], kLog2e, -base)) * factor;
     store<F>(weights + pieces.offset(i), x);
   }
 }
@@ -105,9 +104,8 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(const Softmax p) {
 template <class F>
 __global__ void __launch_bounds__(kThreads) softmax_backward_kernel(const Softmax p) {
   const Lane lane;
-  const int length = p.layout.rows * p.layout.block, parts = thread_blocks(length, kRows);
-  const Tile tile(p.shape, blockIdx.x / parts, blockIdx.x % parts, kRows, length);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, kRows);
+  if (tile.first >= p.layout.rows * p.layout.block) return;
   const List list(p.layout.row_offsets, p.layout, p.layout.rows, tile.h, tile.first >> p.layout.block_log2);
   const int row = (tile.first & (p.layout.block - 1)) + lane.g;
   const RowPieces<F> pieces{p.layout, list, row, p.layout.block_log2 + (kHalf<F> ? 1 : 2) - 4};
@@ -137,12 +135,12 @@ __global__ void __launch_bounds__(kThreads) softmax_backward_kernel(const Softma
 
 template <class F>
 cudaError_t launch(const Softmax& p, bool backward, cudaStream_t stream) {
-  const int parts = thread_blocks(p.layout.rows * p.layout.block, kRows);
-  const unsigned grid = static_cast<unsigned>(int64_t{p.shape.batch} * p.shape.heads * parts);
+  const int warps = warps_of(p.layout, kRows), parts = ceil_div(p.layout.rows * p.layout.block, kRows * warps);
+  const dim3 grid = grid_of(p.shape, parts);
   if (backward)
-    softmax_backward_kernel<F><<<grid, kThreads, 0, stream>>>(p);
+    softmax_backward_kernel<F><<<grid, 32 * warps, 0, stream>>>(p);
   else
-    softmax_kernel<F><<<grid, kThreads, 0, stream>>>(p);
+    softmax_kernel<F><<<grid, 32 * warps, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

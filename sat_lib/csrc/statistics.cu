@@ -14,17 +14,23 @@
 namespace sat {
 namespace {
 
+// Rows of the LSE's workspace: whole pieces of the map, so that readers need no bounds.
+__host__ __device__ inline int padded_queries(const Shape& shape) {
+  return ceil_div(shape.queries, kMapTile) * kMapTile;
+}
+
+// LSE in base 2, +inf beyond the last query.
 template <class F, int P, int M, int N, bool held>
 __global__ void __launch_bounds__(kThreads) lse_kernel(const Statistics p) {
   const Lane lane;
   const Shape& shape = p.shape;
-  const int parts = thread_blocks(shape.queries, 16 * M);
-  const int64_t head = blockIdx.x / parts;
-  const Tile tile(shape, head, blockIdx.x % parts, 16 * M, shape.queries);
-  if (!tile.inside) return;
+  const Tile tile(blockIdx.x, 16 * M);
+  const int padded = padded_queries(shape);
+  if (tile.first >= padded) return;
   const int width = shape.head_size * F::kBytes;
-  const Matrix q(p.q, tile.b, tile.h, shape.queries, width), k(p.k, tile.b, tile.h, shape.keys, width);
-  const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{tile.b} * shape.keys : nullptr;
+  const Matrix q(p.q, tile.b, tile.h, shape.queries, width);
+  const NearMatrix k(p.k, tile.b, tile.h, shape.keys, width);
+  const uint8_t* mask = tile.mask(p.key_mask, shape.keys);
   const Rows<F, P, M, held> queries(q, tile.first, lane);
   RunningSoftmax rows[M][2];
 #pragma unroll
@@ -41,67 +47,60 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(const Statistics p) {
     for (int half = 0; half < 2; ++half) {
       const int row = tile.first + 16 * m + 8 * half + lane.g;
       const float whole = quad_sum(rows[m][half].total);
-      if (lane.t == 0 && row < shape.queries)
-        p.lse[head * shape.queries + row] = RunningSoftmax::lse(rows[m][half].peak, whole);
+      const float lse = row < shape.queries && whole > 0 ? rows[m][half].peak + __log2f(whole) : INFINITY;
+      if (lane.t == 0) p.lse[tile.head(shape) * padded + row] = lse;
     }
 }
 
-constexpr int kMapWarps = 8;  // four by two, each with 32 rows and 64 columns of the piece
+constexpr int kMapWarps = 16;  // four by four, each with 32 rows and 32 columns of the piece
 
 template <class F, int P, bool held>
 __global__ void __launch_bounds__(32 * kMapWarps) map_kernel(const Statistics p) {
-  constexpr int M = 2, kTiles = 8, N = 2;  // score tiles of 8 columns: in all, and at a time
+  constexpr int M = 2, N = 4;
   const Lane lane;
   const Shape& shape = p.shape;
   const int warp = threadIdx.x / 32;
-  const int row = blockIdx.y * kMapTile + 32 * (warp % 4), column = blockIdx.x * kMapTile + 64 * (warp / 4);
-  const int64_t heads = int64_t{shape.batch} * shape.heads;
-  const int64_t begin = heads * blockIdx.z / p.splits, end = heads * (blockIdx.z + 1) / p.splits;
+  const int row = blockIdx.y * kMapTile + 32 * (warp % 4), column = blockIdx.x * kMapTile + 32 * (warp / 4);
+  const int heads = shape.batch * shape.heads, share = ceil_div(heads, p.splits), padded = padded_queries(shape);
+  const int begin = min(heads, static_cast<int>(blockIdx.z) * share), end = min(heads, begin + share);
   const int width = shape.head_size * F::kBytes;
   const float scale = p.scale * kLog2e;
 
-  float sums[kTiles / N][M][N][4] = {};
-  for (int64_t head = begin; head < end; ++head) {
-    const int b = static_cast<int>(head / shape.heads), h = static_cast<int>(head % shape.heads);
-    const Matrix q(p.q, b, h, shape.queries, width), k(p.k, b, h, shape.keys, width);
+  float sums[M][N][4] = {};
+  unsigned b = begin / shape.heads, h = begin % shape.heads;
+  for (int head = begin; head < end; ++head) {
+    const Matrix q(p.q, b, h, shape.queries, width);
+    const NearMatrix k(p.k, b, h, shape.keys, width);
     const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{b} * shape.keys : nullptr;
+    const float* lse = p.lse + int64_t{head} * padded + row + lane.g;
     const Rows<F, P, M, held> queries(q, row, lane);
     float base[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int query = row + 16 * m + 8 * half + lane.g;
-        base[m][half] = query < shape.queries ? p.lse[head * shape.queries + query] * kLog2e : INFINITY;
-      }
-#pragma unroll
-    for (int part = 0; part < kTiles / N; ++part) {
-      const int first = column + 8 * N * part;
-      float scores[M][N][4];
-      multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
-      mask_keys<M, N>(scores, mask, first, shape.keys, lane);
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[part][m][j][i] += exp2f(fmaf(scores[m][j][i], scale, -base[m][i / 2]));
-    }
-  }
-
-  float* out = p.partial + int64_t{blockIdx.z} * shape.queries * shape.keys;
-#pragma unroll
-  for (int part = 0; part < kTiles / N; ++part)
+      for (int half = 0; half < 2; ++half) base[m][half] = __ldg(lse + 16 * m + 8 * half);
+    float scores[M][N][4];
+    multiply_rows<F, P, M, N>(scores, queries, k, column, lane);
+    mask_keys<M, N>(scores, mask, column, shape.keys, lane);
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int query = row + 16 * m + 8 * (i / 2) + lane.g;
-          const int key = column + 8 * N * part + held_column<N>(j, lane.t) + i % 2;
-          if (query < shape.queries && key < shape.keys) out[int64_t{query} * shape.keys + key] = sums[part][m][j][i];
-        }
+        for (int i = 0; i < 4; ++i) sums[m][j][i] += power_of_two(fmaf(scores[m][j][i], scale, -base[m][i / 2]));
+    if (++h == static_cast<unsigned>(shape.heads)) h = 0, ++b;
+  }
+
+  float* out = p.partial + int64_t{blockIdx.z} * shape.queries * shape.keys;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int query = row + 16 * m + 8 * (i / 2) + lane.g, key = column + held_column<N>(j, lane.t) + i % 2;
+        if (query < shape.queries && key < shape.keys) out[int64_t{query} * shape.keys + key] = sums[m][j][i];
+      }
 }
 
 constexpr int kFinishThreads = 256;
@@ -134,8 +133,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Statistics
 
 template <class F, int P, int M, int N, bool held>
 void launch(const Statistics& p, cudaStream_t stream) {
-  const int64_t grid = int64_t{p.shape.batch} * p.shape.heads * thread_blocks(p.shape.queries, 16 * M);
-  lse_kernel<F, P, M, N, held><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  const dim3 grid = grid_of(p.shape, ceil_div(padded_queries(p.shape), 16 * M * kWarps));
+  lse_kernel<F, P, M, N, held><<<grid, kThreads, 0, stream>>>(p);
   const dim3 pieces(ceil_div(p.shape.keys, kMapTile), ceil_div(p.shape.queries, kMapTile), p.splits);
   map_kernel<F, P, held><<<pieces, 32 * kMapWarps, 0, stream>>>(p);
   const dim3 blocks(ceil_div(p.shape.keys, p.block), ceil_div(p.shape.queries, p.block));
@@ -148,7 +147,7 @@ cudaError_t launch(const Statistics& p, cudaStream_t stream) {
   if (p.shape.head_size <= 32)
     launch<F, 1, 2, N, true>(p, stream);
   else if (p.shape.head_size <= 64)
-    launch<F, 2, 2, 2, true>(p, stream);
+    launch<F, 2, 2, 2, kHalf<F>>(p, stream);
   else
     launch<F, 4, 2, 2, false>(p, stream);
   return cudaGetLastError();
