@@ -25,7 +25,7 @@ class NumberFormat(NamedTuple):
 FORMATS = {
     "cpu": NumberFormat(torch.device("cpu"), torch.float64, False, 1e-14),
     "float32": NumberFormat(torch.device("cuda"), torch.float32, False, 2**-20),
-    "tf32": NumberFormat(torch.device("cuda"), torch.float32, True, 2**-10),
+    "tf32": NumberFormat(torch.device("cuda"), torch.float32, True, 2**-9),
     "bfloat16": NumberFormat(torch.device("cuda"), torch.bfloat16, False, 2**-7),
     "float16": NumberFormat(torch.device("cuda"), torch.float16, False, 2**-10),
 }
@@ -97,7 +97,7 @@ def test_attention_of_every_size_equals_the_definition(block, size, number_forma
 
 @pytest.mark.parametrize("pruned", ["zero", "drop"])
 def test_large_scores_stay_finite_and_right(pruned, number_format):
-    device, dtype, *_ = number_format
+    device = number_format.device
     layout = layouts(4, 4, 16, 2)["random"].to(device)
     given, exact = rounded_inputs(64, 64, number_format, scale=12.0)
     attend = partial(block_sparse_attention, layout=layout, pruned=pruned)
@@ -186,7 +186,8 @@ def test_views_and_stride_zero_gradients(number_format):
     for index, copy in enumerate(copies):
         assert torch.equal(packed.grad.permute(2, 0, 3, 1, 4)[index], copy.grad)
     odd = torch.randn(3, 2, 64, 33, dtype=dtype, device=device)[..., 1:]  # rows that no 16-byte load can read
-    assert torch.equal(block_sparse_attention(odd, odd, odd, layout), block_sparse_attention(*[odd.clone()] * 3, layout))
+    copy = odd.clone()
+    assert torch.equal(block_sparse_attention(odd, odd, odd, layout), block_sparse_attention(copy, copy, copy, layout))
 
 
 def test_the_same_input_gives_the_same_bits(number_format):

@@ -13,6 +13,8 @@
 // so there are no atomics and the same input gives the same bits. Every score is computed twice for that, which costs
 // less than one more tensor in memory.
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace sat {
@@ -214,13 +216,13 @@ __device__ inline void gather_keys(const Attention& p, int part) {
     }
 }
 
-template <class F, int P, int M, int N, bool held, int resident>
+template <class F, int P, int MQ, int MK, int N, bool held, int resident>
 __global__ void __launch_bounds__(kThreads, resident) backward_kernel(const Attention p, int row_parts) {
   const int part = blockIdx.x;
   if (part < row_parts)
-    gather_queries<F, P, M, N, held>(p, part);
+    gather_queries<F, P, MQ, N, held>(p, part);
   else
-    gather_keys<F, P, M, N, held>(p, part - row_parts);
+    gather_keys<F, P, MK, N, held>(p, part - row_parts);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
@@ -232,48 +234,54 @@ cudaError_t launch_forward(const Attention& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class F, int P, int M, int N, bool held, int resident>
+// MQ and MK: tiles of 16 queries or keys that a warp of either role owns.
+template <class F, int P, int MQ, int MK, int N, bool held, int resident>
 cudaError_t launch_backward(const Attention& p, cudaStream_t stream) {
   const int rows = ceil_div(p.layout.rows * p.layout.block, 8 * kWarps);
   row_terms_kernel<F><<<grid_of(p.shape, rows), kThreads, 0, stream>>>(p);
-  const int warps = warps_of(p.layout, 16 * M), row_parts = ceil_div(p.shape.queries, 16 * M * warps);
-  const dim3 grid = grid_of(p.shape, row_parts + ceil_div(p.shape.keys, 16 * M * warps));
-  backward_kernel<F, P, M, N, held, resident><<<grid, 32 * warps, 0, stream>>>(p, row_parts);
+  const int warps = warps_of(p.layout, 16 * MQ), row_parts = ceil_div(p.shape.queries, 16 * MQ * warps);
+  const dim3 grid = grid_of(p.shape, row_parts + ceil_div(p.shape.keys, 16 * MK * warps));
+  backward_kernel<F, P, MQ, MK, N, held, resident><<<grid, 32 * warps, 0, stream>>>(p, row_parts);
   return cudaGetLastError();
 }
 
-#ifndef FWD_M
-#define FWD_M 2
-#define FWD_N (kHalf<F> ? 4 : 2)
-#define FWD_R 4
-#endif
-#ifndef BWD_M
-#define BWD_M 2
-#define BWD_N 2
-#define BWD_R 3
-#endif
-
-// Tile sizes by head size: larger tiles share what they read among more rows, until registers run out.
+// Tile sizes by format and head size, the fastest of those tried on an H100 at 5 % density: larger tiles share what they
+// read among more rows, until registers run out. Blocks of 16 leave no choice of M.
 template <class F>
 cudaError_t forward(const Attention& p, cudaStream_t stream) {
   const bool small = p.layout.block == 16;
-  if (p.shape.head_size <= 32)
-    return small ? launch_forward<F, 1, 1, 2, true, 4>(p, stream)
-                 : launch_forward<F, 1, FWD_M, FWD_N, true, FWD_R>(p, stream);
-  if (p.shape.head_size <= 64)
-    return small || !kHalf<F> ? launch_forward<F, 2, 1, 2, true, 3>(p, stream)
-                              : launch_forward<F, 2, 2, 2, true, 3>(p, stream);
-  return launch_forward<F, 4, 1, 2, kHalf<F>, 2>(p, stream);
+  const int size = p.shape.head_size;
+  if constexpr (std::is_same_v<F, Fp32>) {
+    if (size <= 32) return launch_forward<F, 1, 1, 2, true, 4>(p, stream);
+    return size <= 64 ? launch_forward<F, 2, 1, 2, true, 2>(p, stream) : launch_forward<F, 4, 1, 2, false, 2>(p, stream);
+  } else {
+    constexpr int resident = kHalf<F> ? 4 : 3;
+    if (size <= 32)
+      return small ? launch_forward<F, 1, 1, 2, true, 4>(p, stream) : launch_forward<F, 1, 2, 4, true, resident>(p, stream);
+    if (size <= 64)
+      return small || !kHalf<F> ? launch_forward<F, 2, 1, 2, true, 3>(p, stream)
+                                : launch_forward<F, 2, 2, 4, true, 2>(p, stream);
+    return launch_forward<F, 4, 1, 2, kHalf<F>, 2>(p, stream);
+  }
 }
 
 template <class F>
 cudaError_t backward(const Attention& p, cudaStream_t stream) {
   const bool small = p.layout.block == 16;
-  if (p.shape.head_size <= 32)
-    return small ? launch_backward<F, 1, 1, 2, true, 4>(p, stream)
-                 : launch_backward<F, 1, BWD_M, BWD_N, true, BWD_R>(p, stream);
-  if (p.shape.head_size <= 64) return launch_backward<F, 2, 1, 2, true, 2>(p, stream);
-  return launch_backward<F, 4, 1, 2, false, 2>(p, stream);
+  const int size = p.shape.head_size;
+  if constexpr (kHalf<F>) {
+    if (size <= 32)
+      return small ? launch_backward<F, 1, 1, 1, 2, true, 4>(p, stream)
+                   : launch_backward<F, 1, 2, 1, 2, true, 4>(p, stream);
+    if (size <= 64)
+      return small ? launch_backward<F, 2, 1, 1, 2, true, 2>(p, stream)
+                   : launch_backward<F, 2, 2, 1, 2, true, 2>(p, stream);
+  } else {
+    constexpr int resident = std::is_same_v<F, Fp32> ? 3 : 4;
+    if (size <= 32) return launch_backward<F, 1, 1, 1, 2, true, resident>(p, stream);
+    if (size <= 64) return launch_backward<F, 2, 1, 1, 2, true, 2>(p, stream);
+  }
+  return launch_backward<F, 4, 1, 1, 2, false, 2>(p, stream);
 }
 
 }  // namespace

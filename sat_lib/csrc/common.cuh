@@ -200,8 +200,8 @@ template <class F, int P, int M, bool held>
 struct Rows {
   static constexpr int kPieces = P * F::kBytes / 2;
   using Operands = uint32_t[2][4];  // of the two instructions that a piece feeds
-  const Matrix& x;
-  const int first;  // this lane's first row
+  Matrix x;
+  int first;  // this lane's first row
   Operands operands[held ? M : 1][held ? kPieces : 1];
 
   __device__ Rows(const Matrix& x, int first, Lane lane) : x(x), first(first + lane.g) {
@@ -247,6 +247,15 @@ __device__ inline int read_row(int j, int g) {
   return 2 * N * (g >> 1) + 2 * j + (g & 1);
 }
 
+// scores[m][j] += a times 8 rows of b, by one piece of both.
+template <class F, int M, int N>
+__device__ inline void multiply_piece(float (&scores)[M][N][4], int j, const uint32_t (&left)[M][2][4], const Piece& y) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int m = 0; m < M; ++m) F::mma(scores[m][j], left[m][s], {y.w[2 * s], y.w[2 * s + 1]});
+}
+
 // scores[m][j] = rows of a (16 M) times rows first .. first + 8 N of b.
 template <class F, int P, int M, int N, bool held>
 __device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, M, held>& a, const NearMatrix& b,
@@ -263,14 +272,9 @@ __device__ inline void multiply_rows(float (&scores)[M][N][4], const Rows<F, P, 
 #pragma unroll
     for (int m = 0; m < M; ++m) a.get(left[m], m, c, lane);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const Piece y = b.template load<16>(first + read_row<N>(j, lane.g), 64 * c + 16 * lane.t);
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-          F::mma(scores[m][j], left[m][s], {y.w[2 * s], y.w[2 * s + 1]});
-    }
+    for (int j = 0; j < N; ++j)
+      multiply_piece<F, M, N>(scores, j, left,
+                              b.template load<16>(first + read_row<N>(j, lane.g), 64 * c + 16 * lane.t));
   }
 }
 

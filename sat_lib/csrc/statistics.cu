@@ -54,33 +54,75 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(const Statistics p) {
 
 constexpr int kMapWarps = 16;  // four by four, each with 32 rows and 32 columns of the piece
 
+constexpr int kMapRows = 2, kMapTiles = 4;  // of a warp: 2 x 16 queries, 4 x 8 keys
+
+// What a warp reads of one head.
+template <class F, int P, bool held, bool ahead>
+struct Operands {
+  Matrix q;
+  NearMatrix k;
+  Rows<F, P, kMapRows, held> queries;
+  Piece keys[ahead ? kMapTiles : 1];
+  float base[kMapRows][2];
+
+  __device__ Operands(const Statistics& p, unsigned head, int row, int column, Lane lane)
+      : Operands(p, head / p.shape.heads, head % p.shape.heads, p.shape.head_size * F::kBytes, row, lane) {
+    const float* lse = p.lse + int64_t{head} * padded_queries(p.shape) + row + lane.g;
+#pragma unroll
+    for (int m = 0; m < kMapRows; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) base[m][half] = __ldg(lse + 16 * m + 8 * half);
+    if constexpr (ahead)
+#pragma unroll
+      for (int j = 0; j < kMapTiles; ++j) keys[j] = k.template load<16>(column + read_row<kMapTiles>(j, lane.g), 16 * lane.t);
+  }
+  __device__ Operands(const Statistics& p, unsigned b, unsigned h, int width, int row, Lane lane)
+      : q(p.q, b, h, p.shape.queries, width), k(p.k, b, h, p.shape.keys, width), queries(q, row, lane) {}
+
+  __device__ void multiply(float (&scores)[kMapRows][kMapTiles][4], int column, Lane lane) const {
+    if constexpr (ahead) {
+#pragma unroll
+      for (int m = 0; m < kMapRows; ++m)
+#pragma unroll
+        for (int j = 0; j < kMapTiles; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[m][j][i] = 0;
+      uint32_t left[kMapRows][2][4];
+#pragma unroll
+      for (int m = 0; m < kMapRows; ++m) queries.get(left[m], m, 0, lane);
+#pragma unroll
+      for (int j = 0; j < kMapTiles; ++j) multiply_piece<F, kMapRows, kMapTiles>(scores, j, left, keys[j]);
+    } else {
+      multiply_rows<F, P, kMapRows, kMapTiles>(scores, queries, k, column, lane);
+    }
+  }
+};
+
 template <class F, int P, bool held>
 __global__ void __launch_bounds__(32 * kMapWarps) map_kernel(const Statistics p) {
-  constexpr int M = 2, N = 4;
+  constexpr int M = kMapRows, N = kMapTiles;
   const Lane lane;
   const Shape& shape = p.shape;
   const int warp = threadIdx.x / 32;
   const int row = blockIdx.y * kMapTile + 32 * (warp % 4), column = blockIdx.x * kMapTile + 32 * (warp / 4);
-  const int heads = shape.batch * shape.heads, share = ceil_div(heads, p.splits), padded = padded_queries(shape);
-  const int begin = min(heads, static_cast<int>(blockIdx.z) * share), end = min(heads, begin + share);
-  const int width = shape.head_size * F::kBytes;
+  const int heads = shape.batch * shape.heads, share = ceil_div(heads, p.splits);
+  const int begin = min(heads - 1, static_cast<int>(blockIdx.z) * share);
+  const int end = min(heads, (static_cast<int>(blockIdx.z) + 1) * share);
   const float scale = p.scale * kLog2e;
 
+  // With `ahead`, a head's operands are read while the one before is being exponentiated: in the same registers, since
+  // its scores are done with them.
+  constexpr bool ahead = held && P * F::kBytes <= 2;
   float sums[M][N][4] = {};
-  unsigned b = begin / shape.heads, h = begin % shape.heads;
+  Operands<F, P, held, ahead> now(p, begin, row, column, lane);
   for (int head = begin; head < end; ++head) {
-    const Matrix q(p.q, b, h, shape.queries, width);
-    const NearMatrix k(p.k, b, h, shape.keys, width);
-    const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{b} * shape.keys : nullptr;
-    const float* lse = p.lse + int64_t{head} * padded + row + lane.g;
-    const Rows<F, P, M, held> queries(q, row, lane);
-    float base[M][2];
+    if (!ahead) now = Operands<F, P, held, ahead>(p, head, row, column, lane);
+    float scores[M][N][4], base[M][2];
+    now.multiply(scores, column, lane);
 #pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) base[m][half] = __ldg(lse + 16 * m + 8 * half);
-    float scores[M][N][4];
-    multiply_rows<F, P, M, N>(scores, queries, k, column, lane);
+    for (int m = 0; m < M; ++m) base[m][0] = now.base[m][0], base[m][1] = now.base[m][1];
+    const uint8_t* mask = p.key_mask ? p.key_mask + int64_t{head / shape.heads} * shape.keys : nullptr;
+    if (ahead && head + 1 < end) now = Operands<F, P, held, ahead>(p, head + 1, row, column, lane);
     mask_keys<M, N>(scores, mask, column, shape.keys, lane);
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -88,7 +130,6 @@ __global__ void __launch_bounds__(32 * kMapWarps) map_kernel(const Statistics p)
       for (int j = 0; j < N; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[m][j][i] += power_of_two(fmaf(scores[m][j][i], scale, -base[m][i / 2]));
-    if (++h == static_cast<unsigned>(shape.heads)) h = 0, ++b;
   }
 
   float* out = p.partial + int64_t{blockIdx.z} * shape.queries * shape.keys;
