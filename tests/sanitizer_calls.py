@@ -1,0 +1,32 @@
+"""Every kernel on small awkward shapes, to be run under compute-sanitizer: `make sanitize`."""
+
+from functools import partial
+
+import torch
+from attention_cases import inputs, layouts, padding_mask, with_gradients
+
+from sat_lib.ops import attention_statistics, block_sparse_attention, sddmm, sparse_softmax, spmm
+
+
+def main() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    for dtype in (torch.float32, torch.bfloat16):
+        for block, size in ((16, 16), (32, 32), (32, 64), (64, 128)):
+            length = 3 * block - 5
+            layout = layouts(3, 3, block, 2)["per head"].to("cuda")
+            mask = padding_mask("ragged", 3, length, block).to("cuda")
+            q, k, v = inputs(length, length, "cuda", dtype, size=size)
+            with_gradients(partial(block_sparse_attention, layout=layout, key_padding_mask=mask), (q, k, v))
+            with_gradients(partial(three_operations, layout=layout), (q, k, v))
+            attention_statistics(q, k, block, key_padding_mask=mask)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+def three_operations(q, k, v, layout):
+    weights = sparse_softmax(sddmm(q, k, layout), layout, q.shape[1], k.shape[2])
+    return spmm(weights, v, layout, q.shape[2])
+
+
+if __name__ == "__main__":
+    main()
