@@ -121,7 +121,7 @@ def _settings(pairs: list[str]) -> dict:
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="attention, step_time, time_breakdown, scaling, training, ...")
+    parser.add_argument("experiment", help="attention, kernels, step_time, training, ...")
     parser.add_argument("--profile", default="smoke", help="smoke (default) or paper; paper rows go to data/results")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="cases with these values alone")
@@ -134,11 +134,26 @@ def _bench(options) -> int:
     frame = experiments.rows(
         options.experiment, options.profile, device=options.device, only=_settings(options.only), report=True
     )
+    if options.experiment == "kernels":
+        return _print_kernels(frame, options)
     print(experiments.table(frame))
     if options.experiment == "attention":
         times = frame.set_index("kind")["forward_backward_ms"]
         ratio = times["dense"] / times["sat"]
         print(f"dense (SDPA) / block-sparse, forward + backward, medians of one run: {ratio:.2f}x")
+    return 0
+
+
+def _print_kernels(frame, options) -> int:
+    """The kernels' times beside their floors and their peers, the floors from the measured copy."""
+    from . import experiments, figures
+
+    copy = experiments.rows("kernels", options.profile, device=options.device, only={"sweep": "copy"}, report=True)
+    bandwidth = copy["bandwidth_tb_s"][0]
+    lines = figures.kernel_summary(frame, bandwidth).dropna(axis=1, how="all")
+    print(lines.to_string(index=False, na_rep="-", float_format="%.3g"))
+    print(f"copy on {copy['device'][0]}: {bandwidth:.3g} TB/s, read and written; floors are bytes at that bandwidth")
+    print("sdpa, flex: how many times as long they take as this line, forward + backward; flex at its best block size")
     return 0
 
 

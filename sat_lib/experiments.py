@@ -5,23 +5,17 @@ A row is {"experiment", "case", "result", "stamp"}, one JSON line, written as so
 again. Rows of the `smoke` profile lie in runs/smoke and count only for the source text they were measured with.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from . import datasets, files, runs, timing
-from .attention import get_attention
+from . import benchmarks, datasets, files, runs, timing
 from .errors import require
-from .layout import BlockLayout
-from .pattern import random_layout
-from .recipes import RunConfig, run_config
-from .reference import sddmm, sparse_softmax, spmm
+from .recipes import PAPER_TASKS, RunConfig, run_config
 from .tasks import task
 from .train import Trainer
 
@@ -54,7 +48,6 @@ SMOKE_RUN = {
     "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 16, "rate": 0.006},
     "docstrings": {"model": {"layers": 1}, "steps": 300, "warm_up": 30, "eval_every": 100, "batch": 8, "rate": 0.004},
 }
-PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 
 
 def _run_case(task_name: str, attention: str, seed: int, profile: str, **changes) -> dict:
@@ -182,131 +175,20 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
     return datasets.Splits(chosen, split, split, split, "dev")
 
 
-# ---- attention alone: notebooks 05 and 07 ----------------------------------------------------------------------------
-
-
-def _qkv(case: dict, device: torch.device, grad: bool) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    shape = (case["batch"], case["heads"], case["length"], case["head_size"])
-    dtype = getattr(torch, case["dtype"])
-    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=grad) for _ in range(3)]
-
-
-def _layout(case: dict, device: torch.device) -> BlockLayout:
-    blocks = -(-case["length"] // case["block"])
-    return random_layout(blocks, blocks, case["density"], case["block"], seed=0).to(device)
-
-
-def _shape(profile: str, batch: int, **changes) -> dict:
-    dtype = "float32" if profile == "smoke" else "bfloat16"
-    shape = {"batch": batch, "heads": 2, "length": 1024, "head_size": 32, "block": 32, "density": 0.05, "dtype": dtype}
-    return shape | changes
-
-
-def breakdown_cases(profile: str) -> list[dict]:
-    """The published operation breakdown, per task (they differ in density) and once in each number format."""
-    if profile == "smoke":
-        return [{"task": "cifar10", **_shape(profile, 4)}]
-    densities = {name: run_config(name).recipe.density for name in PAPER_TASKS}
-    return [
-        {"task": name, **_shape(profile, 512, density=density, dtype=dtype)}
-        for dtype in ("float32", "bfloat16")
-        for name, density in densities.items()
-    ]
-
-
-@torch.no_grad()
-def breakdown(case: dict, context: Context) -> dict:
-    """Forward time of each attention operation, dense against sparse, and of how many bytes it must move at least."""
-    q, k, v = _qkv(case, context.device, grad=False)
-    layout = _layout(case, context.device)
-    heads, keys = case["heads"], case["length"]
-    raw = q @ k.transpose(-1, -2)
-    values = sddmm(q, k, layout)
-    operations = {
-        "gemm_qk": lambda: torch.matmul(q, k.transpose(-1, -2)),
-        "softmax": lambda: raw.softmax(-1),
-        "gemm_av": lambda: torch.matmul(raw, v),
-        "sddmm": lambda: sddmm(q, k, layout),
-        "sparse_softmax": lambda: sparse_softmax(values, layout, heads, keys),
-        "spmm": lambda: spmm(values, v, layout, keys),
-    }
-    one, dense, kept = q.nbytes, raw.nbytes, values.nbytes
-    floors = (2 * one + dense, 2 * dense, dense + 2 * one, 2 * one + kept, 2 * kept, kept + 2 * one)
-    calls = 10 if context.device.type == "cpu" else 50
-    result = {"kept_blocks": layout.kept_blocks}
-    for (name, call), floor in zip(operations.items(), floors, strict=True):
-        result[f"{name}_ms"] = timing.time_calls(call, context.device, calls=calls).median_ms
-        result[f"{name}_floor_bytes"] = floor
-    return result
-
-
-def attention_cases(profile: str) -> list[dict]:
-    """The comparison that a CPU user can check at once: SDPA against block-sparse attention at 5 % density."""
-    return [{**_shape(profile, 16 if profile == "smoke" else 512), "kind": kind} for kind in ("dense", "sat")]
-
-
-def scaling_cases(profile: str) -> list[dict]:
-    """Attention alone over the length, the batch shrinking so that every case has about the same number of tokens."""
-    lengths = (256, 512, 1024, 2048) if profile == "smoke" else (512, 1024, 2048, 4096, 8192, 16384)
-    tokens = 4 * 1024 if profile == "smoke" else 128 * 1024
-    return [
-        {**_shape(profile, max(1, tokens // length), length=length), "kind": kind}
-        for length in lengths
-        for kind in ("materialised", "dense", "sat")
-    ]
-
-
-def materialised_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: None = None) -> torch.Tensor:
-    """The paper's dense baseline: GEMM, softmax, GEMM, with the L x L map of every head in memory."""
-    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-
-
-def attention_time(case: dict, context: Context) -> dict:
-    """Forward, and forward and backward, of attention alone; its peak memory and its counted operations."""
-    q, k, v = _qkv(case, context.device, grad=True)
-    layout = _layout(case, context.device) if case["kind"] == "sat" else None
-    attention = materialised_attention if case["kind"] == "materialised" else get_attention(case["kind"])
-    attend = partial(attention, q, k, v, layout=layout)
-    gradient = torch.randn_like(q)
-
-    def forward_backward():
-        torch.autograd.grad(attend(), (q, k, v), gradient)
-
-    calls = 7 if context.device.type == "cpu" else 30
-    with torch.no_grad():
-        forward = timing.time_calls(attend, context.device, calls=calls)
-    both = timing.time_calls(forward_backward, context.device, calls=calls)
-    return {
-        "forward_ms": forward.median_ms,
-        "forward_backward_ms": both.median_ms,
-        "low_ms": both.low_ms,
-        "high_ms": both.high_ms,
-        "peak_bytes": timing.peak_bytes(forward_backward, context.device),
-        "operations": attention_operations(case, layout),
-    }
-
-
-def attention_operations(case: dict, layout: BlockLayout | None) -> int:
-    """Multiply-adds counted as two, exponentials as one, of forward attention: (4 d + 1) per kept entry.
-
-    Dense attention keeps L^2 entries per head, SAT the entries of its kept blocks, so its operations are the density
-    times the dense ones: O(density x L^2 x d).
-    """
-    entries = case["length"] ** 2 if layout is None else int(layout.entries(case["length"]).sum())
-    return case["batch"] * case["heads"] * entries * (4 * case["head_size"] + 1)
-
-
 # ---- cases to rows ---------------------------------------------------------------------------------------------------
+
+
+def _on_device(measure: Callable[[dict, torch.device], dict]) -> Callable[[dict, Context], dict]:
+    return lambda case, context: measure(case, context.device)
+
 
 EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Context], dict]]] = {
     "training": (training_cases, train),
     "accuracy": (accuracy_cases, train),
     "ablations": (ablation_cases, train),
     "step_time": (step_time_cases, step_time),
-    "time_breakdown": (breakdown_cases, breakdown),
-    "scaling": (scaling_cases, attention_time),
-    "attention": (attention_cases, attention_time),
+    "kernels": (benchmarks.kernel_cases, _on_device(benchmarks.kernel_time)),
+    "attention": (benchmarks.attention_cases, _on_device(benchmarks.attention_time)),
 }
 
 

@@ -30,7 +30,8 @@ PALETTE = dict(
         strict=True,
     )
 )
-PALETTE["sat, sparse phase"] = PALETTE["sat"]
+PALETTE["sat, sparse phase"] = PALETTE["fused"] = PALETTE["sat"]
+PALETTE |= {"sdpa": PALETTE["dense"], "reference": PALETTE["longformer"], "flex 64": PALETTE["bigbird"]}
 TASK_NAMES = {"agnews": "AG News", "yelp": "Yelp", "cifar10": "CIFAR-10", "inaturalist": "iNaturalist", "imdb": "IMDB"}
 PUBLISHED_ACCURACY = {  # percent, mean of five runs (the paper's accuracy table)
     "dense": {"agnews": 71.43, "yelp": 76.77, "cifar10": 41.84, "inaturalist": 52.50},
@@ -244,10 +245,12 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Time, peak memory and operations of attention alone against L, with the complexity formula through each.
 
-    The lines are density x L^2 for the operations (exact), and for time the same formula with one factor per kind,
-    fitted at the longest L; memory has no line, neither implementation stores a map.
+    The lines are density x L^2 for the operations (exact), and for time the same formula with one factor per
+    implementation, fitted at the longest L; memory has no line. Only rows of the first row's head size are drawn, and
+    none that ended with an error.
     """
-    drawn = rows[["kind", "batch", "length", "density", "forward_backward_ms", "peak_bytes", "operations"]].copy()
+    names = ["implementation", "batch", "length", "density", "forward_backward_ms", "peak_bytes", "operations"]
+    drawn = rows[rows["head_size"] == rows["head_size"].iloc[0]].dropna(subset="forward_backward_ms")[names].copy()
     per_example = drawn["batch"]
     drawn["ms_per_example"] = drawn["forward_backward_ms"] / per_example
     drawn["mib_per_example"] = drawn["peak_bytes"] / 2**20 / per_example
@@ -259,34 +262,143 @@ def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     }
     figure, (axes,) = new(PAGE, 2.3, 1, 3)
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
-        for kind, part in drawn.groupby("kind", sort=False):
-            _log_points(axis, part, name, kind)
+        for implementation, part in drawn.groupby("implementation", sort=False):
+            _log_points(axis, part, name, implementation)
         axis.set(xscale="log", yscale="log", xlabel="length L", ylabel=label, xticks=sorted(set(drawn["length"])))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_locator(NullLocator())
         sns.despine(ax=axis)
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, title="lines: c L²", title_fontsize=7)
     return figure, drawn
 
 
-def _log_points(axis: Axes, part: pd.DataFrame, name: str, kind: str) -> None:
-    axis.plot(part["length"], part[name], "o", color=PALETTE[kind], markersize=3.5, label=kind)
+def _log_points(axis: Axes, part: pd.DataFrame, name: str, implementation: str) -> None:
+    colour = PALETTE[implementation]
+    axis.plot(part["length"], part[name], "o", color=colour, markersize=3.5, label=implementation)
     if name != "mib_per_example":
         longest = part.loc[part["length"].idxmax()]
         formula = longest[name] * (part["length"] / longest["length"]) ** 2
-        axis.plot(part["length"], formula, "-", color=PALETTE[kind], linewidth=0.8, label=f"{kind}: c L²")
+        axis.plot(part["length"], formula, "-", color=colour, linewidth=0.8)
+
+
+# ---- the kernels beside their peers ----------------------------------------------------------------------------------
+
+SHAPE = ["batch", "heads", "length", "head_size", "dtype", "tf32"]  # what dense attention depends on
+
+
+def kernel_summary(rows: pd.DataFrame, bandwidth_tb_s: float) -> pd.DataFrame:
+    """One line per implementation, and per operation: times in ms, and how many times its byte floor it takes.
+
+    Args:
+        rows: of the experiment `kernels`, any sweeps. bandwidth_tb_s: of its copy, which turns bytes into time.
+
+    "sdpa" and "flex" are their forward and backward time over the line's, at the same shape (flex: and layout, at its
+    fastest block side). A time that wasn't or couldn't be measured is NaN, with the reason under "note".
+    """
+    measured = ["forward_ms", "forward_backward_ms", "floor_bytes_forward", "floor_bytes_backward", "error"]
+    wanted = ["sweep", "implementation", *SHAPE, "block", "density", *measured]
+    whole = rows[~rows["sweep"].isin(["copy", "operations"])].reindex(columns=wanted)
+    floor = whole["floor_bytes_forward"].astype(float), whole["floor_bytes_backward"].astype(float)
+    forward, both = whole["forward_ms"].astype(float), whole["forward_backward_ms"].astype(float)
+    per_ms = bandwidth_tb_s * 1e9  # bytes
+    dense = _best(whole[whole["implementation"] == "sdpa"], SHAPE, whole)
+    flex = _best(whole[whole["implementation"].str.startswith("flex", na=False)], [*SHAPE, "block", "density"], whole)
+    lines = whole[["sweep", "implementation", *SHAPE, "block", "density"]].assign(
+        **{
+            "forward ms": forward,
+            "forward x floor": forward * per_ms / floor[0],
+            "forward + backward ms": both,
+            "forward + backward x floor": both * per_ms / (floor[0] + floor[1]),
+            "sdpa": dense / both,
+            "flex": flex / both,
+            "note": whole["error"],
+        }
+    )
+    return pd.concat([lines, _operation_lines(rows, per_ms)], ignore_index=True).astype(
+        dict.fromkeys(["batch", "heads", "length", "head_size", "block"], "Int64")
+    )
+
+
+def _best(peers: pd.DataFrame, keys: list[str], lines: pd.DataFrame) -> np.ndarray:
+    """The shortest forward and backward time (ms) among peers of the same keys, for each line; NaN where none.
+
+    Peers of the line's own sweep come first, then those of any sweep.
+    """
+    found = {}
+    for *key, sweep, time in peers[[*keys, "sweep", "forward_backward_ms"]].itertuples(index=False):
+        for place in ((*_key(key), sweep), _key(key)):
+            found[place] = min(found.get(place, np.inf), np.inf if pd.isna(time) else time)
+    places = [(_key(key), sweep) for *key, sweep in lines[[*keys, "sweep"]].itertuples(index=False)]
+    times = np.array([found.get((*key, sweep), found.get(key, np.inf)) for key, sweep in places])
+    return np.where(np.isinf(times), np.nan, times)
+
+
+def _key(values: list) -> tuple:
+    return tuple(None if pd.isna(value) else value for value in values)
+
+
+def _operation_lines(rows: pd.DataFrame, bytes_per_ms: float) -> pd.DataFrame:
+    """A line per operation of the sweep `operations`."""
+    some = rows[rows["sweep"] == "operations"]
+    names = [name.removesuffix("_floor_bytes") for name in some.columns if name.endswith("_floor_bytes")]
+    shape = ["sweep", *SHAPE, "block", "density"]
+    lines = [
+        some.reindex(columns=shape).assign(
+            implementation=name,
+            **{
+                "forward ms": some[f"{name}_ms"],
+                "forward x floor": some[f"{name}_ms"] * bytes_per_ms / some[f"{name}_floor_bytes"],
+            },
+        )
+        for name in names
+    ]
+    return pd.concat(lines) if lines else pd.DataFrame()
+
+
+def kernel_table(rows: pd.DataFrame, bandwidth_tb_s: float) -> pd.DataFrame:
+    """The main workload: every implementation, and how many times as long it takes as the fused kernel.
+
+    The ratio is that of forward and backward, in one dtype; of forward where there is no more.
+    """
+    lines = kernel_summary(rows[rows["sweep"] == "main"], bandwidth_tb_s)
+    lines["products"] = lines["dtype"] + lines["tf32"].map({True: ", TF32"}).fillna("")
+    fused = lines[lines["implementation"] == "fused"].drop_duplicates("products").set_index("products")
+    times = ["forward ms", "forward + backward ms"]
+    table = []
+    for _, line in lines.iterrows():
+        forward, both = line[times] / fused[times].reindex([line["products"]]).iloc[0]
+        ratio = f"{forward:.2f} (forward)" if pd.isna(both) else f"{both:.2f}"
+        forward_only = pd.isna(line["forward + backward ms"]) and pd.isna(line["note"])
+        note = "forward only" if forward_only else line["note"]
+        table.append(
+            {
+                "implementation": line["implementation"],
+                "dtype": line["products"],
+                "forward ms": _short(line["forward ms"]),
+                "forward x floor": _short(line["forward x floor"]),
+                "forward + backward ms": _short(line["forward + backward ms"]),
+                "forward + backward x floor": _short(line["forward + backward x floor"]),
+                "fused is faster": "-" if pd.isna(forward) else ratio,
+                "note": note if pd.isna(note) else note.replace("|", "/")[:90],
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def _short(value: float) -> str:
+    return "-" if pd.isna(value) else f"{value:.3g}"
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
-# stage -> experiment whose rows it draws, and how
+# stage -> experiment whose rows it draws, which of them (None: all), and how
 FIGURES = {
-    "02_training": ("training", training),
-    "03_accuracy": ("accuracy", accuracy),
-    "04_step_time": ("step_time", step_time),
-    "05_time_breakdown": ("time_breakdown", time_breakdown),
-    "06_ablations": ("ablations", ablations),
-    "07_scaling": ("scaling", scaling),
+    "02_training": ("training", None, training),
+    "03_accuracy": ("accuracy", None, accuracy),
+    "04_step_time": ("step_time", None, step_time),
+    "05_time_breakdown": ("kernels", {"sweep": "operations"}, time_breakdown),
+    "06_ablations": ("ablations", None, ablations),
+    "07_scaling": ("kernels", {"sweep": "length"}, scaling),
 }
 
 

@@ -403,8 +403,11 @@ def _save_sddmm(ctx, inputs, output):
 
 def _differentiate_sddmm(ctx, grad):
     q, k, *lists, mask = ctx.saved_tensors
-    grad_q = torch.ops.sat_lib.spmm(grad, k, *lists, mask, ctx.block, q.shape[2], ctx.scale)
-    grad_k = torch.ops.sat_lib.spmm_transposed(grad, q, *lists, mask, ctx.block, k.shape[2], ctx.scale)
+    grad_q = grad_k = None
+    if ctx.needs_input_grad[0]:
+        grad_q = torch.ops.sat_lib.spmm(grad, k, *lists, mask, ctx.block, q.shape[2], ctx.scale)
+    if ctx.needs_input_grad[1]:
+        grad_k = torch.ops.sat_lib.spmm_transposed(grad, q, *lists, mask, ctx.block, k.shape[2], ctx.scale)
     return grad_q, grad_k, *_NO_LISTS, None, None, None
 
 
@@ -417,8 +420,11 @@ def _save_spmm(ctx, inputs, output):
 
 def _differentiate_spmm(ctx, grad):
     values, x, *lists = ctx.saved_tensors
-    grad_values = torch.ops.sat_lib.sddmm(grad, x, *lists, None, ctx.block, ctx.scale)
-    grad_x = torch.ops.sat_lib.spmm_transposed(values, grad, *lists, None, ctx.block, x.shape[2], ctx.scale)
+    grad_values = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_values = torch.ops.sat_lib.sddmm(grad, x, *lists, None, ctx.block, ctx.scale)
+    if ctx.needs_input_grad[1]:
+        grad_x = torch.ops.sat_lib.spmm_transposed(values, grad, *lists, None, ctx.block, x.shape[2], ctx.scale)
     return grad_values, grad_x, *_NO_LISTS, None, None, None, None
 
 

@@ -17,8 +17,8 @@ def draw_committed(root: Path = files.ROOT) -> int:
 
     Also renews the tables quoted in README.md and REPRODUCE.md. Returns the exit status, 0.
     """
-    for stage, (experiment, draw) in figures.FIGURES.items():
-        rows = experiments.rows(experiment, "paper", measure=False, root=root)
+    for stage, (experiment, only, draw) in figures.FIGURES.items():
+        rows = experiments.rows(experiment, "paper", measure=False, only=only, root=root)
         missing = rows.attrs["missing"]
         if not len(rows):
             print(f"{stage:18} no rows yet: python -m sat_lib bench {experiment} --profile paper (GPU)")
@@ -29,12 +29,23 @@ def draw_committed(root: Path = files.ROOT) -> int:
             figures.save_table(f"{stage}_table", "paper", figures.accuracy_table(rows), root)
         absent = f", {missing} cases without a row yet" if missing else ""
         print(f"{stage:18} {len(rows)} rows from {rows['device'][0]}{absent}")
+    _draw_kernel_table(root)
     smoke = files.read_rows(root / "data/results/smoke.jsonl")
     if smoke:
         figures.save_table("smoke", "paper", smoke_table(smoke[-1]), root)
     for name in DOCUMENTS:
         quote(root / name, root)
     return 0
+
+
+def _draw_kernel_table(root: Path) -> None:
+    """figures/paper/kernels.md, once both the main workload and the copy are measured."""
+    copy, main = (
+        experiments.rows("kernels", "paper", measure=False, only={"sweep": sweep}, root=root)
+        for sweep in ("copy", "main")
+    )
+    if len(copy) and len(main):
+        figures.save_table("kernels", "paper", figures.kernel_table(main, copy["bandwidth_tb_s"][0]), root)
 
 
 def smoke_table(row: dict) -> pd.DataFrame:
@@ -47,13 +58,15 @@ def quote(document: Path, root: Path) -> None:
     """Put the present text of each table between its two marks in a document.
 
     Raises:
-        InputError: a mark names a table that isn't there.
+        InputError: marks with text between them name a table that isn't there (with nothing between: it may come).
     """
     if not document.exists():
         return
 
     def renewed(match: re.Match) -> str:
         table = root / match[2]
+        if not match[3] and not table.exists():
+            return match[0]
         require(table.exists(), f"{document.name} quotes {match[2]}, which doesn't exist. Make it, or drop the marks")
         return match[1] + table.read_text() + match[4]
 

@@ -10,6 +10,7 @@ from .tasks import task
 
 PRESETS = ("released", "continued")
 PRECISIONS = ("fp32", "bf16")
+PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 
 
 @dataclass(frozen=True)

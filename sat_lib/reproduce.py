@@ -28,9 +28,9 @@ PROFILES = ("smoke", "paper")
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # names that files.atomic_path gives
 
 
-def _figure(name: str, look: str, minutes: float, *tables: str) -> Stage:
+def _figure(name: str, look: str, minutes: float, *tables: str, experiment: str | None = None) -> Stage:
     figure = tuple(f"{name}.{kind}" for kind in ("pdf", "png", "csv", "json"))
-    return Stage(name, figure + tables, look, minutes, rows=(f"data/results/{name[3:]}.jsonl",))
+    return Stage(name, figure + tables, look, minutes, rows=(f"data/results/{experiment or name[3:]}.jsonl",))
 
 
 STAGES = (
@@ -58,6 +58,7 @@ STAGES = (
         "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, "
         "SpMM 2.3).",
         1,
+        experiment="kernels",
     ),
     _figure(
         "06_ablations",
@@ -70,6 +71,7 @@ STAGES = (
         "Time and peak memory over sequence length and density: dense attention grows with the square of the length, "
         "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less).",
         1,
+        experiment="kernels",
     ),
 )
 

@@ -16,9 +16,10 @@ LEVELS = {
     "recipes": 6,
     "train": 7,
     "runs": 8,
-    **dict.fromkeys(("experiments", "figures", "stages", "notebook_run"), 9),
-    **dict.fromkeys(("reproduce", "explore", "paper", "__init__"), 10),
-    "__main__": 11,
+    **dict.fromkeys(("benchmarks", "stages", "notebook_run"), 9),
+    **dict.fromkeys(("experiments", "figures"), 10),
+    **dict.fromkeys(("reproduce", "explore", "paper", "__init__"), 11),
+    "__main__": 12,
 }
 
 

@@ -47,16 +47,17 @@ def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, tm
 
 def small_shape(_profile):
     shape = {"batch": 1, "heads": 1, "head_size": 8, "block": 16, "density": 0.3, "dtype": "float32"}
-    return [{**shape, "length": n, "kind": kind} for n in (32, 64) for kind in ("dense", "sat")]
+    lengths = [{"sweep": "length", "length": n, **shape} for n in (32, 64)]
+    return [{**case, "implementation": name} for case in lengths for name in ("sdpa", "fused")]
 
 
 def test_rows_are_measured_once_stored_and_drawn(tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.EXPERIMENTS, "scaling", (small_shape, experiments.attention_time))
-    empty = experiments.rows("scaling", device="cpu", measure=False, root=tmp_path)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "kernels", (small_shape, experiments.EXPERIMENTS["kernels"][1]))
+    empty = experiments.rows("kernels", device="cpu", measure=False, root=tmp_path)
     assert (len(empty), empty.attrs["missing"]) == (0, 4)
-    some = experiments.rows("scaling", device="cpu", only={"length": 32}, root=tmp_path)
-    first = experiments.rows("scaling", device="cpu", root=tmp_path)
-    again = experiments.rows("scaling", device="cpu", root=tmp_path)
+    some = experiments.rows("kernels", device="cpu", only={"length": 32}, root=tmp_path)
+    first = experiments.rows("kernels", device="cpu", root=tmp_path)
+    again = experiments.rows("kernels", device="cpu", root=tmp_path)
     assert (len(some), len(first)) == (2, 4)
     assert first["forward_backward_ms"].tolist() == again["forward_backward_ms"].tolist()
     assert first["operations"].tolist() == [32**2 * 33, 16 * 16 * 33, 64**2 * 33, 4 * 256 * 33]
@@ -64,13 +65,6 @@ def test_rows_are_measured_once_stored_and_drawn(tmp_path, monkeypatch):
     written = figures.save("07_scaling", "smoke", figure, drawn, first, root=tmp_path)
     assert all(path.stat().st_size > 0 for path in written)
     assert "smoke profile, not the paper's set-up" in figure._supxlabel.get_text().replace("\n", " ")
-
-
-def test_operations_of_sat_are_those_of_its_kept_entries():
-    case = {"batch": 2, "heads": 3, "length": 96, "head_size": 8, "block": 32, "density": 0.5}
-    layout = experiments._layout(case, experiments.timing.pick_device("cpu"))
-    assert experiments.attention_operations(case, layout) == 2 * 3 * layout.kept_blocks * 32 * 32 * 33
-    assert experiments.attention_operations(case, None) == 2 * 3 * 96 * 96 * 33
 
 
 @pytest.mark.parametrize("name", paper.DOCUMENTS)
