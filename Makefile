@@ -13,7 +13,7 @@ READY = $(shell cksum < pyproject.toml) in $(CURDIR)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 OUTPUT_KEYS := metadata.papermill cell.metadata.papermill metadata.widgets metadata.language_info.version
 
-.PHONY: help setup install reproduce figures test sanitize lint lab clean
+.PHONY: help setup install reproduce figures test gputest lint lab clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -51,9 +51,8 @@ figures: setup  ## redraw figures/paper from the committed rows, no GPU needed
 test: setup  ## run the tests
 	@$(VENV) -m pytest
 
-sanitize: setup  ## run every kernel under compute-sanitizer (needs a GPU and the CUDA toolkit; 5 minutes)
-	@for tool in memcheck racecheck initcheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 $(VENV) tests/sanitizer_calls.py || exit 1; done
+gputest: setup  ## run the GPU tests, and every kernel under compute-sanitizer; appends to data/results/gpu_tests.jsonl
+	@$(VENV) tests/gpu_summary.py
 
 lint: setup  ## check the style of code and notebooks, and that notebooks carry no output
 	@$(VENV) -m ruff check sat_lib tests notebooks

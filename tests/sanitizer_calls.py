@@ -1,4 +1,4 @@
-"""Every kernel on small awkward shapes, to be run under compute-sanitizer: `make sanitize`."""
+"""Every kernel on small awkward shapes, to be run under compute-sanitizer: `make gputest`."""
 
 from functools import partial
 
