@@ -268,7 +268,8 @@ def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_locator(NullLocator())
         sns.despine(ax=axis)
-    axes[0].legend(frameon=False, title="lines: c L²", title_fontsize=7)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=5, frameon=False, title="lines: c L²", title_fontsize=7)
     return figure, drawn
 
 

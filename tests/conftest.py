@@ -33,7 +33,7 @@ def tiny_splits(examples=40, seed=0) -> Splits:
 
 def tiny_config(attention="sat", preset="released", model=None, **changes) -> RunConfig:
     """A run of a second or two: 12 steps of 6 examples, switching at the end of step 4."""
-    sizes = {"width": 16, "hidden": 16, "block": 32} | (model or {})
+    sizes = {"width": 32, "hidden": 16, "block": 32} | (model or {})
     recipe = {"steps": 12, "warm_up": 3, "eval_every": 4, "batch": 6, "density": 0.2, "switch_at": 4, "rate": 0.01}
     if attention == "dense":
         recipe["switch_at"] = None

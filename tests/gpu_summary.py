@@ -1,4 +1,4 @@
-"""Run the GPU tests, then every kernel under compute-sanitizer, and append the outcome to data/results/gpu_tests.jsonl."""
+"""Run the GPU tests, then every kernel under compute-sanitizer; append the outcome to data/results/gpu_tests.jsonl."""
 
 import subprocess
 import sys
@@ -39,7 +39,8 @@ def main() -> int:
         if done.returncode:
             print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
     row = {"experiment": "gpu_tests", "case": {"tests": "all marked gpu", "sanitizer": "tests/sanitizer_calls.py"}}
-    files.append_row(files.ROOT / "data/results/gpu_tests.jsonl", row | {"result": result, "stamp": timing.stamp(device)})
+    row |= {"result": result, "stamp": timing.stamp(device)}
+    files.append_row(files.ROOT / "data/results/gpu_tests.jsonl", row)
     return int(status or any(result[tool]["status"] for tool in TOOLS))
 
 
