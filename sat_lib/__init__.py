@@ -2,6 +2,7 @@
 
     layout.BlockLayout                     which blocks are kept
     reference                              SDDMM, sparse softmax, SpMM and block-sparse attention in plain PyTorch
+    ops                                    the same as operators: CUDA kernels (csrc) on a GPU
     pattern, transition                    the sparsity parameter, and when to switch
     attention.get_attention(name)          "dense", "sat"
     model.model_config, model.Encoder      the published model

@@ -85,7 +85,7 @@ def ablation_cases(profile: str) -> list[dict]:
         "theta": [base.recipe.theta, 0.0, 2 * base.recipe.theta],
         "delta": [base.recipe.delta, 0.5 * base.recipe.delta, 4 * base.recipe.delta],
         "density": [base.recipe.density, 0.1, 0.25],
-        "block": [base.model.block, base.model.block // 2, base.model.block * 2],
+        "block": [base.model.block, base.model.block * 2, base.model.block // 2],
     }
     if profile == "smoke":
         values = {setting: some[:2] for setting, some in values.items()} | {"density": values["density"]}
