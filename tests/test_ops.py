@@ -171,6 +171,14 @@ def test_statistics_equal_the_means_of_the_maps(shape, mask, size, number_format
         assert_close(ours, exact, theirs, 2, statistics_rounding)
 
 
+def test_statistics_of_heads_that_the_shares_do_not_divide(number_format):
+    """200 heads over 6 pieces of the map: on a GPU the last shares have no head left."""
+    device, dtype, *_ = number_format
+    q, k, _ = inputs(300, 140, device, dtype, size=16, batch=100)
+    seen, want = attention_statistics(q, k, 32), reference.attention_statistics(q.double(), k.double(), 32)
+    torch.testing.assert_close(seen.mean_map.double(), want.mean_map, rtol=2e-3, atol=1e-5)
+
+
 def test_views_and_stride_zero_gradients(number_format):
     device, dtype, *_ = number_format
     layout = layouts(4, 4, 16, 2)["random"].to(device)

@@ -53,7 +53,6 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(const Statistics p) {
 }
 
 constexpr int kMapWarps = 16;  // four by four, each with 32 rows and 32 columns of the piece
-
 constexpr int kMapRows = 2, kMapTiles = 4;  // of a warp: 2 x 16 queries, 4 x 8 keys
 
 // What a warp reads of one head.
@@ -106,15 +105,14 @@ __global__ void __launch_bounds__(32 * kMapWarps) map_kernel(const Statistics p)
   const int warp = threadIdx.x / 32;
   const int row = blockIdx.y * kMapTile + 32 * (warp % 4), column = blockIdx.x * kMapTile + 32 * (warp / 4);
   const int heads = shape.batch * shape.heads, share = ceil_div(heads, p.splits);
-  const int begin = min(heads - 1, static_cast<int>(blockIdx.z) * share);
-  const int end = min(heads, (static_cast<int>(blockIdx.z) + 1) * share);
+  const int begin = static_cast<int>(blockIdx.z) * share, end = min(heads, begin + share);  // the last may be empty
   const float scale = p.scale * kLog2e;
 
   // With `ahead`, a head's operands are read while the one before is being exponentiated: in the same registers, since
   // its scores are done with them.
   constexpr bool ahead = held && P * F::kBytes <= 2;
   float sums[M][N][4] = {};
-  Operands<F, P, held, ahead> now(p, begin, row, column, lane);
+  Operands<F, P, held, ahead> now(p, min(begin, heads - 1), row, column, lane);
   for (int head = begin; head < end; ++head) {
     if (!ahead) now = Operands<F, P, held, ahead>(p, head, row, column, lane);
     float scores[M][N][4], base[M][2];
