@@ -167,9 +167,13 @@ def _check_values(values: Tensor, layout: BlockLayout, heads: int) -> None:
         f"{values.device}",
     )
     if values.device.type == "cuda":
-        require(values.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {values.dtype}")
-        require(layout.block in BLOCKS, f"block: the kernels take {BLOCKS}; got {layout.block}. {extension.WAY_OUT}")
+        _check_format(values, layout.block)
         require(len(values) < GRID, f"batch: the kernels take fewer than {GRID}; got {len(values)}")
+
+
+def _check_format(x: Tensor, block: int) -> None:
+    require(x.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {x.dtype}. Convert it with .to(...)")
+    require(block in BLOCKS, f"block: the kernels take {BLOCKS}; got {block}. {extension.WAY_OUT}")
 
 
 def _check_scale(scale: float | None, size: int) -> float:
@@ -183,8 +187,7 @@ def _check_kernels(x: Tensor, length: int, block: int) -> None:
         return
     require(max(x.shape[:2]) < GRID, f"batch, heads: the kernels take fewer than {GRID} each; got {tuple(x.shape[:2])}")
     size, longest = x.shape[-1], max(x.shape[-2], length)
-    require(x.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {x.dtype}. Convert q, k and v with .to(...)")
-    require(block in BLOCKS, f"block: the kernels take {BLOCKS}; got {block}. {extension.WAY_OUT}")
+    _check_format(x, block)
     require(
         size % 16 == 0 and 16 <= size <= 128,
         f"head size: the kernels take multiples of 16 up to 128; got {size}. Choose another number of heads",

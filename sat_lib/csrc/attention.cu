@@ -287,23 +287,11 @@ cudaError_t backward(const Attention& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t attention_forward(const Attention& p, cudaStream_t stream) {
-  switch (p.format) {
-    case Format::kBf16: return forward<Bf16>(p, stream);
-    case Format::kFp16: return forward<Fp16>(p, stream);
-    case Format::kTf32: return forward<Tf32>(p, stream);
-    case Format::kFp32: return forward<Fp32>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_format(p.format, [&](auto format) { return forward<decltype(format)>(p, stream); });
 }
 
 cudaError_t attention_backward(const Attention& p, cudaStream_t stream) {
-  switch (p.format) {
-    case Format::kBf16: return backward<Bf16>(p, stream);
-    case Format::kFp16: return backward<Fp16>(p, stream);
-    case Format::kTf32: return backward<Tf32>(p, stream);
-    case Format::kFp32: return backward<Fp32>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_format(p.format, [&](auto format) { return backward<decltype(format)>(p, stream); });
 }
 
 }  // namespace sat

@@ -118,6 +118,18 @@ struct Fp32 {
   }
 };
 
+// run(F{}) with the struct of that format.
+template <class Run>
+inline cudaError_t by_format(Format format, const Run& run) {
+  switch (format) {
+    case Format::kBf16: return run(Bf16{});
+    case Format::kFp16: return run(Fp16{});
+    case Format::kTf32: return run(Tf32{});
+    case Format::kFp32: return run(Fp32{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 template <class F>
 constexpr bool kHalf = F::kBytes == 2;
 template <class F>

@@ -187,13 +187,7 @@ cudaError_t launch(Kind kind, const Product& p, cudaStream_t stream) {
 }
 
 cudaError_t run(Kind kind, const Product& p, cudaStream_t stream) {
-  switch (p.format) {
-    case Format::kBf16: return launch<Bf16>(kind, p, stream);
-    case Format::kFp16: return launch<Fp16>(kind, p, stream);
-    case Format::kTf32: return launch<Tf32>(kind, p, stream);
-    case Format::kFp32: return launch<Fp32>(kind, p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_format(p.format, [&](auto format) { return launch<decltype(format)>(kind, p, stream); });
 }
 
 }  // namespace

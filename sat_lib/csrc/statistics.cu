@@ -195,13 +195,7 @@ cudaError_t launch(const Statistics& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t attention_statistics(const Statistics& p, cudaStream_t stream) {
-  switch (p.format) {
-    case Format::kBf16: return launch<Bf16>(p, stream);
-    case Format::kFp16: return launch<Fp16>(p, stream);
-    case Format::kTf32: return launch<Tf32>(p, stream);
-    case Format::kFp32: return launch<Fp32>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_format(p.format, [&](auto format) { return launch<decltype(format)>(p, stream); });
 }
 
 }  // namespace sat
