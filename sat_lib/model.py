@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import get_attention
+from .baselines import IMPLEMENTATIONS
 from .errors import require
 from .layout import BlockLayout
 from .ops import attention_statistics
@@ -21,8 +23,11 @@ LAYERS = {"image": 2, "text": 4, "symbols": 4}
 class ModelConfig:
     """Sizes and choices of one model.
 
-    `sparsity_width` is the width of W^P: "head" (d, released; the published parameter counts need it) or
-    "embedding" (D, paper). `attention` names an entry of `attention.ATTENTION`.
+    `attention` names an entry of `attention.ATTENTION`. For "sat", `sparsity_width` is the width of W^P: "head" (d,
+    released; the published parameter counts need it) or "embedding" (D, paper). `block` is BigBird's and LSG's too;
+    `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are Longformer's,
+    `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three is "kernel"
+    or "library" (see `baselines`).
     """
 
     vocab: int
@@ -39,6 +44,13 @@ class ModelConfig:
     pruned: str = "zero"
     sparsity_width: str = "head"
     sparsity_init: str = "released"
+    window: int = 64
+    dilation: int | tuple[int, ...] = 1
+    global_token: bool = False
+    random_blocks: int = 3
+    pattern_seed: int = 0
+    sparsity_factor: int = 2
+    implementation: str = "kernel"
 
     def __post_init__(self):
         get_attention(self.attention)
@@ -55,6 +67,31 @@ class ModelConfig:
             self.sparsity_width in ("head", "embedding"),
             f"sparsity_width: wanted 'head' or 'embedding'; got {self.sparsity_width!r}",
         )
+        if not isinstance(self.dilation, int):
+            object.__setattr__(self, "dilation", tuple(self.dilation))
+            require(
+                len(self.dilation) == self.layers,
+                f"dilation: wanted one number, or one for each of {self.layers} layers; got {self.dilation}",
+            )
+        several = self.attention in ("longformer", "bigbird", "lsg")
+        require(
+            self.implementation in (IMPLEMENTATIONS if several else ("kernel",)),
+            f"implementation: wanted one of {list(IMPLEMENTATIONS)}, 'kernel' for dense and sat; got "
+            f"{self.implementation!r} for {self.attention}",
+        )
+
+    def attention_options(self, layer: int) -> dict:
+        """What the attention function of a layer (from 0) is given beside its inputs."""
+        common = {"implementation": self.implementation}
+        if self.attention == "longformer":
+            dilation = self.dilation if isinstance(self.dilation, int) else self.dilation[layer]
+            return common | {"window": self.window, "dilation": dilation, "global_token": self.global_token}
+        if self.attention == "bigbird":
+            random = {"random_blocks": self.random_blocks, "seed": self.pattern_seed, "layer": layer}
+            return common | {"block": self.block} | random
+        if self.attention == "lsg":
+            return common | {"block": self.block, "factor": self.sparsity_factor}
+        return {"pruned": self.pruned} if self.attention == "sat" else {}
 
     @property
     def blocks(self) -> int:
@@ -76,16 +113,19 @@ def model_config(task_name: str, **changes) -> ModelConfig:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: dense until `layout` is set, and with a sparsity parameter where the model is SAT."""
+    """Multi-head self-attention. SAT's has a sparsity parameter, and is dense until `layout` is set."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
-        self.attend = get_attention(config.attention)
+        self.attend = get_attention(config.attention, **config.attention_options(layer))
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
         self.out = nn.Linear(config.width, config.width)
+        self.global_projections = None  # of Longformer's global token: query, key, value
+        if config.attention == "longformer" and config.global_token:
+            self.global_projections = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(3))
         self.layout: BlockLayout | None = None
         self.sparsity = None
         if config.attention == "sat":
@@ -94,13 +134,18 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, width) -> q, k, v, each (B, H, L, d)."""
-        batch, length, _ = x.shape
-        shape = (batch, length, self.config.heads, -1)
-        return tuple(linear(x).view(shape).transpose(1, 2) for linear in (self.query, self.key, self.value))
+        return tuple(self._split_heads(linear(x)) for linear in (self.query, self.key, self.value))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, AttentionStatistics | None]:
         q, k, v = self.heads(x)
-        out = self.attend(q, k, v, layout=self.layout, key_padding_mask=mask, pruned=self.config.pruned)
+        more = {} if self.layout is None else {"layout": self.layout}
+        if self.global_projections is not None:
+            inputs = zip(self.global_projections, (x[:, :1], x, x), strict=True)
+            more["global_qkv"] = tuple(self._split_heads(linear(part)) for linear, part in inputs)
+        out = self.attend(q, k, v, key_padding_mask=mask, **more)
         seen = self.statistics(q, k, mask) if statistics else None
         return self.out(out.transpose(1, 2).flatten(2)), seen
 
@@ -114,10 +159,10 @@ class SelfAttention(nn.Module):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.norm_attention = nn.LayerNorm(config.width)
-        self.attention = SelfAttention(config)
+        self.attention = SelfAttention(config, layer)
         self.dropout = nn.Dropout(config.dropout)
         self.norm_feed_forward = nn.LayerNorm(config.width)
         self.feed_forward = nn.Sequential(
@@ -146,6 +191,9 @@ class Encoder(nn.Module):
 
     Token 0 is padding: it drops out of the mean over positions in every task, and out of the attention where
     `config.masked_attention` says so. The mean divides by all L positions, as released.
+
+    LSG prepends a learned token (of the width's size, without a position), the global one, to the sequence. Behind the
+    last layer it takes the place of position 0, as in the published code; where that is padding, it drops out with it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -155,8 +203,12 @@ class Encoder(nn.Module):
         self.position = nn.Embedding(config.length, config.width)
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
+        self.global_token = None
+        if config.attention == "lsg":
+            self.global_token = nn.Parameter(torch.empty(1, 1, config.width))
+            nn.init.normal_(self.global_token, std=0.02)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Sequential(
             nn.Linear(config.width, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.classes)
@@ -166,19 +218,30 @@ class Encoder(nn.Module):
         """tokens (B, L) int64 -> `Output`; with `statistics`, also the mean attention map of every layer.
 
         Raises:
-            InputError: another length than the model's, or tokens that aren't int64.
+            InputError: another length than the model's, tokens that aren't int64, or statistics of an attention whose
+                map isn't `A^s`.
         """
         require(
             tokens.dim() == 2 and tokens.shape[1] == self.config.length and tokens.dtype == torch.int64,
             f"tokens: wanted (B, {self.config.length}) int64; got {tuple(tokens.shape)} {tokens.dtype}",
         )
+        require(
+            not statistics or self.config.attention in ("dense", "sat"),
+            f"statistics: there are those of dense and sat models; this one is {self.config.attention!r}",
+        )
         real = tokens != 0  # (B, L)
         mask = real if self.config.masked_attention else None
-        x = self.dropout(self.token(tokens) + self.position.weight)
+        x = self.token(tokens) + self.position.weight
+        if self.global_token is not None:
+            x = torch.cat([self.global_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        x = self.dropout(x)
         seen = []
         for layer in self.layers:
             x, layer_statistics = layer(x, mask, statistics)
             seen.append(layer_statistics)
+        if self.global_token is not None:
+            x = torch.cat([x[:, :1], x[:, 2:]], 1)
         x = self.norm(x) * real[..., None]
         return Output(self.head(x.mean(1)), seen if statistics else [])
 

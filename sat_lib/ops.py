@@ -22,7 +22,7 @@ from torch import Tensor
 from . import extension, reference
 from .errors import require
 from .layout import BlockLayout
-from .reference import PRUNED_RULES, AttentionStatistics, check_attention_inputs
+from .reference import AttentionStatistics, check_attention_inputs, check_layout, check_rules, outside_window
 
 IMPLEMENTATIONS = ("kernels", "reference")
 IMPLEMENTATION = os.environ.get("SAT_LIB_IMPLEMENTATION", "kernels")
@@ -48,6 +48,7 @@ def block_sparse_attention(
     key_padding_mask: Tensor | None = None,
     pruned: str = "zero",
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """SAT's sparse attention in one kernel forward and one backward, without writing the scores.
 
@@ -59,15 +60,15 @@ def block_sparse_attention(
     """
     if IMPLEMENTATION == "reference":
         return reference.block_sparse_attention(
-            q, k, v, layout, key_padding_mask=key_padding_mask, pruned=pruned, scale=scale
+            q, k, v, layout, key_padding_mask=key_padding_mask, pruned=pruned, scale=scale, window=window
         )
     check_attention_inputs(q, k, v, key_padding_mask)
-    _check_rule(pruned)
-    _check_layout(q, layout, k.shape[2])
+    check_rules(pruned, window)
+    check_layout(q, layout, k.shape[2])
     _check_kernels(q, k.shape[2], layout.block)
     scale = _check_scale(scale, q.shape[-1])
     call = torch.ops.sat_lib.attention
-    return call(q, k, v, *_lists(layout), key_padding_mask, layout.block, scale, pruned == "zero")[0]
+    return call(q, k, v, *_lists(layout), key_padding_mask, layout.block, scale, pruned == "zero", window)[0]
 
 
 def sddmm(
@@ -81,7 +82,7 @@ def sddmm(
     if IMPLEMENTATION == "reference":
         return reference.sddmm(q, k, layout, scale, key_padding_mask)
     check_attention_inputs(q, k, k, key_padding_mask)
-    _check_layout(q, layout, k.shape[2])
+    check_layout(q, layout, k.shape[2])
     _check_kernels(q, k.shape[2], layout.block)
     scale = _check_scale(scale, q.shape[-1])
     return torch.ops.sat_lib.sddmm(q, k, *_lists(layout), key_padding_mask, layout.block, scale)
@@ -102,7 +103,7 @@ def sparse_softmax(
     """
     if IMPLEMENTATION == "reference":
         return reference.sparse_softmax(scores, layout, heads, keys, key_padding_mask, pruned)
-    _check_rule(pruned)
+    check_rules(pruned, None)
     _check_values(scores, layout, heads)
     layout.check(heads, layout.rows * layout.block, keys)
     call = torch.ops.sat_lib.sparse_softmax
@@ -149,15 +150,6 @@ def _lists(layout: BlockLayout) -> tuple[Tensor, ...]:
     return tuple(getattr(layout, name) for name in _LISTS)
 
 
-def _check_rule(pruned: str) -> None:
-    require(pruned in PRUNED_RULES, f"pruned: wanted one of {PRUNED_RULES}; got {pruned!r}")
-
-
-def _check_layout(q: Tensor, layout: BlockLayout, keys: int) -> None:
-    require(layout.device == q.device, f"layout: wanted it on {q.device}; it is on {layout.device}. Use layout.to(...)")
-    layout.check(q.shape[1], q.shape[2], keys)
-
-
 def _check_values(values: Tensor, layout: BlockLayout, heads: int) -> None:
     blocks = layout.kept_blocks * (heads if layout.heads is None else 1)
     wanted = (blocks, layout.block, layout.block)
@@ -201,9 +193,9 @@ _library = torch.library.Library("sat_lib", "DEF")
 _LISTS = ("row_offsets", "row_columns", "column_offsets", "column_rows", "column_to_row")
 _SCHEMAS = {
     "attention": "(Tensor q, Tensor k, Tensor v, {lists}, Tensor? mask, int block, float scale, "
-    "bool pruned_weigh) -> (Tensor, Tensor)",
+    "bool pruned_weigh, int? window) -> (Tensor, Tensor)",
     "attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {lists}, "
-    "Tensor? mask, int block, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask, int block, float scale, int? window) -> (Tensor, Tensor, Tensor)",
     "sddmm": "(Tensor q, Tensor k, {lists}, Tensor? mask, int block, float scale) -> Tensor",
     "spmm": "(Tensor values, Tensor x, {lists}, Tensor? mask, int block, int queries, float scale) -> Tensor",
     "spmm_transposed": "(Tensor values, Tensor x, {lists}, Tensor? mask, int block, int keys, float scale) "
@@ -266,22 +258,24 @@ def _index(lists, block, heads, keys):
     return reference.index_of(lists[0], lists[1], block, (len(lists[0]) - 1) // patterns, heads, keys)
 
 
-def _attention(q, k, v, lists, mask, block, scale, pruned_weigh):
+def _attention(q, k, v, lists, mask, block, scale, pruned_weigh, window):
     (_, heads, queries, _), keys = q.shape, k.shape[2]
     index = _index(lists, block, heads, keys)
-    scores = reference.indexed_sddmm(q, k, index, scale)
-    weights, lse = reference.indexed_softmax(scores, index, heads, keys, mask, pruned_weigh)
+    scores, outside = reference.indexed_sddmm(q, k, index, scale), outside_window(index, queries, window)
+    weights, lse = reference.indexed_softmax(scores, index, heads, keys, mask, pruned_weigh, outside)
     out = torch.empty_like(q).copy_(reference.indexed_spmm(weights, v, index, queries))
     return out, lse.reshape(len(q), heads, -1)[:, :, :queries].contiguous()
 
 
-def _attention_backward(grad, q, k, v, out, lse, lists, mask, block, scale):
+def _attention_backward(grad, q, k, v, out, lse, lists, mask, block, scale, window):
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     index = _index(lists, block, heads, keys)
     wide = torch.promote_types(q.dtype, torch.float32)
     padding = (0, -queries % block)
     bases = torch.nn.functional.pad(lse.to(wide), padding, value=torch.inf).reshape(batch, -1, block)
-    scores = reference.indexed_sddmm(q, k, index, scale, mask).to(wide)
+    scores, outside = reference.indexed_sddmm(q, k, index, scale, mask).to(wide), outside_window(index, queries, window)
+    if outside is not None:
+        scores = scores.masked_fill(outside, -torch.inf)
     weights = (scores - bases.index_select(1, index.rows)[..., None]).exp()
     delta = torch.nn.functional.pad((grad.to(wide) * out.to(wide)).sum(-1), padding).reshape(batch, -1, block)
     grad_weights = reference.indexed_sddmm(grad, v, index, 1.0).to(wide)
@@ -329,11 +323,11 @@ def _attention_statistics(q, k, mask, block, scale):
 # Shapes, dtypes and strides alone, for torch.compile.
 
 
-def _fake_attention(q, k, v, lists, mask, block, scale, pruned_weigh):
+def _fake_attention(q, k, v, lists, mask, block, scale, pruned_weigh, window):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _fake_attention_backward(grad, q, k, v, out, lse, lists, mask, block, scale):
+def _fake_attention_backward(grad, q, k, v, out, lse, lists, mask, block, scale, window):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -386,16 +380,16 @@ _NO_LISTS = (None,) * len(_LISTS)  # gradients of a layout's lists
 
 
 def _save_attention(ctx, inputs, output):
-    q, k, v, *lists, mask, block, scale, _ = inputs
+    q, k, v, *lists, mask, block, scale, _, window = inputs
     ctx.save_for_backward(q, k, v, *output, *lists, mask)
     ctx.mark_non_differentiable(output[1])
-    ctx.block, ctx.scale = block, scale
+    ctx.settings = block, scale, window
 
 
 def _differentiate_attention(ctx, grad, _):
     q, k, v, out, lse, *lists, mask = ctx.saved_tensors
-    grads = torch.ops.sat_lib.attention_backward(grad, q, k, v, out, lse, *lists, mask, ctx.block, ctx.scale)
-    return *grads, *_NO_LISTS, None, None, None, None
+    grads = torch.ops.sat_lib.attention_backward(grad, q, k, v, out, lse, *lists, mask, *ctx.settings)
+    return *grads, *_NO_LISTS, None, None, None, None, None
 
 
 def _save_sddmm(ctx, inputs, output):

@@ -1,5 +1,6 @@
 """How a model is trained: the published numbers of each task as presets, and what may be changed."""
 
+import json
 from dataclasses import asdict, dataclass, replace
 
 from .datasets import PROTOCOLS
@@ -79,7 +80,7 @@ class RunConfig:
 
     def as_dict(self) -> dict:
         """{"model": {...}, "recipe": {...}}, as JSON takes it."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))
 
     @property
     def digest(self) -> str:

@@ -121,14 +121,25 @@ def sparse_softmax(
 
 
 def indexed_softmax(
-    scores: Tensor, index: Index, heads: int, keys: int, key_padding_mask: Tensor | None, pruned_weigh: bool
+    scores: Tensor,
+    index: Index,
+    heads: int,
+    keys: int,
+    key_padding_mask: Tensor | None,
+    pruned_weigh: bool,
+    outside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sparse_softmax` of an index, and the logarithm of its denominators (B, H * R, b), +inf for rows without keys."""
+    """`sparse_softmax` of an index, and the logarithm of its denominators (B, H * R, b), +inf for rows without keys.
+
+    `outside` (T, b, b) bool marks further entries that aren't attended to, see `outside_window`.
+    """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if key_padding_mask is not None or keys % index.block:
         mask = scores.new_ones(1, keys, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
         allowed = _spread_keys(mask, index, heads, beyond=False)
         wide = wide.masked_fill(~allowed.index_select(1, index.columns), -torch.inf)
+    if outside is not None:
+        wide = wide.masked_fill(outside, -torch.inf)
     pruned_keys = (keys - index.kept_keys).to(wide.dtype)[None, :, None]  # (1, H * R, 1)
 
     peaks = wide.detach().amax(-1)  # (B, T, b)
@@ -145,6 +156,16 @@ def indexed_softmax(
     lse = torch.where(total == 0, torch.inf, total.log() + highest)
     total = total.masked_fill(total == 0, 1)
     return (weights / total.index_select(1, index.rows)[..., None]).to(scores.dtype), lse
+
+
+def outside_window(index: Index, queries: int, window: int | None) -> Tensor | None:
+    """(T, b, b) bool: entries of the kept blocks that lie outside the window; None without one."""
+    if window is None:
+        return None
+    places = torch.arange(index.block, device=index.rows.device)
+    query = (index.rows % index.block_rows * index.block)[:, None, None] + places[:, None]
+    key = (index.columns % index.block_columns * index.block)[:, None, None] + places
+    return ((query - key).abs() > window) & (key < queries)
 
 
 def _spread_keys(mask: Tensor, index: Index, heads: int, beyond: bool) -> Tensor:
@@ -191,6 +212,7 @@ def block_sparse_attention(
     key_padding_mask: Tensor | None = None,
     pruned: str = "zero",
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """SAT's sparse attention: SDDMM, sparse softmax, SpMM.
 
@@ -200,6 +222,9 @@ def block_sparse_attention(
         key_padding_mask: (B, Lk) bool, True for real tokens; None where there is no padding.
         pruned: "zero" or "drop", see `sparse_softmax`.
         scale: factor of the raw scores, 1 / sqrt(D) if None.
+        window: of keys 0 to Lq - 1, each query attends only to those at most so many positions away, whatever more the
+            layout keeps; keys from Lq on, where there are more keys than queries, it attends to in any case. Wants
+            pruned="drop". None: all keys of the layout.
 
     Returns:
         (B, H, Lq, D), q's dtype.
@@ -208,13 +233,28 @@ def block_sparse_attention(
         InputError: shapes, dtypes, devices, the layout or the rule don't fit together.
     """
     check_attention_inputs(q, k, v, key_padding_mask)
-    require(pruned in PRUNED_RULES, f"pruned: wanted one of {PRUNED_RULES}; got {pruned!r}")
-    require(layout.device == q.device, f"layout: wanted it on {q.device}; it is on {layout.device}. Use layout.to(...)")
-    layout.check(q.shape[1], q.shape[2], k.shape[2])
+    check_rules(pruned, window)
+    check_layout(q, layout, k.shape[2])
     with torch.autocast(q.device.type, enabled=False):  # the products keep q's dtype, the softmax is float32 or wider
-        scores = sddmm(q, k, layout, scale)
-        weights = sparse_softmax(scores, layout, q.shape[1], k.shape[2], key_padding_mask, pruned)
+        index = _index(layout, q.shape[1], k.shape[2])
+        outside = outside_window(index, q.shape[2], window)
+        weights, _ = indexed_softmax(
+            sddmm(q, k, layout, scale), index, q.shape[1], k.shape[2], key_padding_mask, pruned == "zero", outside
+        )
         return spmm(weights, v, layout, q.shape[2])
+
+
+def check_rules(pruned: str, window: int | None) -> None:
+    """Raise InputError unless there is such a rule, and it goes with the window."""
+    require(pruned in PRUNED_RULES, f"pruned: wanted one of {PRUNED_RULES}; got {pruned!r}")
+    require(window is None or window >= 0, f"window: wanted a number of positions, 0 or more; got {window}")
+    require(window is None or pruned == "drop", f"window: goes with pruned='drop' alone; got pruned={pruned!r}")
+
+
+def check_layout(q: Tensor, layout: BlockLayout, keys: int) -> None:
+    """Raise InputError unless the layout is on q's (B, H, Lq, D) device and fits its heads, its length and Lk."""
+    require(layout.device == q.device, f"layout: wanted it on {q.device}; it is on {layout.device}. Use layout.to(...)")
+    layout.check(q.shape[1], q.shape[2], keys)
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

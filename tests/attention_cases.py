@@ -7,11 +7,14 @@ import torch
 from sat_lib.layout import BlockLayout
 
 
-def definition(q, k, v, layout, mask=None, pruned="zero"):
+def definition(q, k, v, layout, mask=None, pruned="zero", window=None):
     """(output, map) over full L x L tensors, straight from the formula; no max subtraction, so mild scores only."""
     queries, keys = q.shape[2], k.shape[2]
     kept = layout.entries(max(queries, keys))[..., :queries, :keys].to(q.device)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if window is not None:
+        query, key = torch.arange(queries)[:, None], torch.arange(keys)
+        kept = kept & (((query - key).abs() <= window) | (key >= queries)).to(q.device)
     weights = scores.exp() * kept
     if mask is not None:
         weights = weights * mask[:, None, None]
@@ -70,3 +73,14 @@ def with_gradients(attend, inputs):
     out = attend(*inputs)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out)
     return out.detach(), torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def assert_close(got, exact, peer, factor, rounding):
+    """The error is at most `factor` times PyTorch's own in the same format, plus a rounding.
+
+    PyTorch multiplies small or narrow float32 matrices without TF32 where that is allowed, hence the rounding.
+    """
+    assert got.isfinite().all()
+    error, theirs = (got.double() - exact).norm(), (peer.double() - exact).norm()
+    bound = factor * theirs + rounding * exact.norm() + 1e-14
+    assert error <= bound, f"error {error:.3g}, PyTorch's {theirs:.3g}, bound {bound:.3g}"

@@ -1,5 +1,7 @@
 """Shared by all tests: a tiny task and the GPU marker."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,34 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=[torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 def device(request):
     return request.param
+
+class NumberFormat(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    tf32: bool
+    rounding: float  # of a result, relative: what the format's products may lose
+
+
+FORMATS = {
+    "cpu": NumberFormat(torch.device("cpu"), torch.float64, False, 1e-14),
+    "float32": NumberFormat(torch.device("cuda"), torch.float32, False, 2**-20),
+    "tf32": NumberFormat(torch.device("cuda"), torch.float32, True, 2**-9),
+    "bfloat16": NumberFormat(torch.device("cuda"), torch.bfloat16, False, 2**-7),
+    "float16": NumberFormat(torch.device("cuda"), torch.float16, False, 2**-10),
+}
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in FORMATS if name != "cpu")])
+def number_format(request):
+    """A format, with TF32 products allowed or not, and results of torch.empty filled with NaN."""
+    chosen = FORMATS[request.param]
+    saved = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if chosen.tf32 else "ieee"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
+    yield chosen
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.fp32_precision = saved
+
 
 def tiny_splits(examples=40, seed=0) -> Splits:
     """Ten classes told by the brightness of the first half of 256 tokens: a few steps learn something."""

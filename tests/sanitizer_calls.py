@@ -17,6 +17,8 @@ def main() -> None:
             mask = padding_mask("ragged", 3, length, block).to("cuda")
             q, k, v = inputs(length, length, "cuda", dtype, size=size)
             with_gradients(partial(block_sparse_attention, layout=layout, key_padding_mask=mask), (q, k, v))
+            windowed = partial(block_sparse_attention, layout=layout, pruned="drop", window=block // 2)
+            with_gradients(windowed, (q, k, v))
             with_gradients(partial(three_operations, layout=layout), (q, k, v))
             attention_statistics(q, k, block, key_padding_mask=mask)
     torch.cuda.synchronize()

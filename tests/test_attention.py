@@ -1,53 +1,170 @@
-"""The contract that every entry of ATTENTION keeps."""
+"""The contract that every entry of ATTENTION keeps, in each of its implementations, on a CPU and on a GPU."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+from attention_cases import assert_close, inputs, with_gradients
+from definitions import MASKS, masked_attention
 
 from sat_lib.attention import ATTENTION, get_attention
+from sat_lib.baselines import IMPLEMENTATIONS
 from sat_lib.errors import InputError
 from sat_lib.layout import BlockLayout
 
 
-def qkv(batch=2, heads=2, length=48, size=8, dtype=torch.float64):
-    torch.manual_seed(0)
-    return [torch.randn(batch, heads, length, size, dtype=dtype, requires_grad=True) for _ in range(3)]
+class Case(NamedTuple):
+    name: str
+    options: dict
+    definition: dict  # its options as the definition's mask takes them
+
+    def attend(self, q, k, v, **more):
+        return get_attention(self.name, **self.options)(q, k, v, **more)
+
+    def mask(self, q, k, real):
+        real = None if real is None else real.cpu()
+        return MASKS[self.name](q.detach().cpu(), k.detach().cpu(), real, **self.definition)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_without_a_layout_all_equal_the_definition(name):
-    q, k, v = qkv()
-    out = get_attention(name)(q, k, v)
-    torch.testing.assert_close(out, (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v)
+PATTERNS = [
+    ("longformer", {"window": 64}),
+    ("longformer", {"window": 12}),
+    ("longformer", {"window": 6, "dilation": 2}),
+    ("longformer", {"window": 64, "dilation": 3}),
+    ("longformer", {"window": 12, "global_token": True}),
+    ("longformer", {"window": 6, "dilation": 3, "global_token": True}),
+    ("bigbird", {"block": 16}),
+    ("bigbird", {"block": 16, "random_blocks": 1, "seed": 3, "layer": 2}),
+    ("lsg", {"block": 32}),
+    ("lsg", {"block": 16, "factor": 4}),
+    ("lsg", {"block": 16, "factor": 1}),
+]
+CASES = {
+    "dense": Case("dense", {}, {}),
+    "sat": Case("sat", {}, {}),
+    "sat full": Case("sat", {"layout": BlockLayout.full(13, 13, 16)}, {}),
+}
+for _name, _options in PATTERNS:
+    for _implementation in IMPLEMENTATIONS:
+        _words = " ".join([_name, *(f"{key}={value}" for key, value in _options.items()), _implementation])
+        CASES[_words] = Case(_name, _options | {"implementation": _implementation}, _options)
+LENGTHS = (208, 195, 193)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_padding_keys_weigh_nothing_and_an_empty_example_gives_0(name):
-    q, k, v = qkv()
-    mask = torch.zeros(2, 48, dtype=torch.bool)
-    mask[0, :20] = True
-    out = get_attention(name)(q, k, v, key_padding_mask=mask)
-    torch.testing.assert_close(out[0], (q[0] @ k[0, :, :20].transpose(-1, -2) / 8**0.5).softmax(-1) @ v[0, :, :20])
-    assert (out[1] == 0).all()
-    out.sum().backward()
-    for x in (q, k, v):
-        assert x.grad.isfinite().all()
-        assert (x.grad[1] == 0).all()
+@pytest.fixture(params=CASES, ids=lambda words: words.replace(" ", "-"))
+def case(request):
+    return CASES[request.param]
 
 
-def test_sat_under_the_full_layout_equals_dense():
-    q, k, v = qkv()
-    torch.testing.assert_close(
-        get_attention("sat")(q, k, v, layout=BlockLayout.full(3, 3, 16)), get_attention("dense")(q, k, v)
+def on(case, device):
+    """The case with its layout, if it has one, on a device."""
+    options = {name: value.to(device) if name == "layout" else value for name, value in case.options.items()}
+    return case._replace(options=options)
+
+
+def ragged(length, device="cpu"):
+    """Real tokens of three examples: all, a few, none of the second half; and a hole."""
+    real = torch.arange(length) < torch.tensor([length, 37, length // 2])[:, None]
+    real[0, 70:110] = False
+    return real.to(device)
+
+
+def test_every_attention_has_a_case():
+    assert {case.name for case in CASES.values()} == set(ATTENTION)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_equals_dense_attention_under_the_definitions_mask(case, length, padded, number_format):
+    device, dtype, *_ = number_format
+    case, real = on(case, device), ragged(length, device) if padded else None
+    given = inputs(length, length, device, dtype, size=16)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    mask = case.mask(given[0], given[1], real)
+    out, gradients = with_gradients(lambda *qkv: case.attend(*qkv, key_padding_mask=real), given)
+    want, wanted = with_gradients(lambda *qkv: masked_attention(*qkv, mask, real), exact)
+    peer, peers = with_gradients(lambda *qkv: masked_attention(*qkv, mask, real), given)
+    assert out.shape == given[0].shape and out.dtype == dtype
+    assert_close(out, want, peer, 2, number_format.rounding)
+    for gradient, expected, theirs in zip(gradients, wanted, peers, strict=True):
+        assert_close(gradient, expected, theirs, 3, number_format.rounding)
+
+
+def test_views_of_one_projection_give_the_same(case, device):
+    case = on(case, device)
+    packed = torch.randn(3, 195, 3, 2, 16, device=device)
+    views = packed.permute(2, 0, 3, 1, 4)  # three (B, H, L, D) whose heads alternate in memory
+    copies = views.contiguous()
+    torch.testing.assert_close(case.attend(*views), case.attend(*copies))
+
+
+def test_what_stands_behind_the_mask_does_not_matter(case, device):
+    case, real = on(case, device), ragged(195, device)
+    given = [x.detach() for x in inputs(195, 195, device, torch.float32, size=16)]
+    other = [torch.where(real[:, None, :, None], x, torch.full_like(x, 50.0)) for x in given]
+    out, changed = (case.attend(*x, key_padding_mask=real) for x in (given, other))
+    where = real[:, None, :, None].expand_as(out)
+    torch.testing.assert_close(out[where], changed[where])
+
+
+def test_an_example_without_real_tokens_gives_0_and_takes_no_gradient(case, device):
+    case, real = on(case, device), ragged(195, device)
+    real[1] = False
+    out, gradients = with_gradients(
+        lambda *qkv: case.attend(*qkv, key_padding_mask=real), inputs(195, 195, device, torch.float32, size=16)
     )
+    assert (out[1] == 0).all()
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert (gradient[1] == 0).all()
 
 
-def test_dense_refuses_a_layout():
-    q, k, v = qkv()
-    with pytest.raises(InputError, match="dense attention takes none"):
-        get_attention("dense")(q, k, v, layout=BlockLayout.full(3, 3, 16))
+def test_examples_do_not_meet(case, device):
+    case, order, real = on(case, device), torch.tensor([2, 0, 1], device=device), ragged(195, device)
+    given = [x.detach() for x in inputs(195, 195, device, torch.float32, size=16)]
+    out = case.attend(*given, key_padding_mask=real)
+    permuted = case.attend(*(x[order] for x in given), key_padding_mask=real[order])
+    torch.testing.assert_close(permuted, out[order])
+    alone = case.attend(*(x[1:2] for x in given), key_padding_mask=real[1:2])
+    torch.testing.assert_close(alone, out[1:2])
+
+
+def test_the_same_input_gives_the_same_bits(case, number_format):
+    """With PyTorch's own operations asked to be deterministic, as `number_format` does."""
+    device, dtype, *_ = number_format
+    case = on(case, device)
+    given = inputs(195, 195, device, dtype, size=16)
+    first, again = (with_gradients(case.attend, given) for _ in range(2))
+    for x, y in zip([first[0], *first[1]], [again[0], *again[1]], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_autocast_casts_like_pytorchs_attention(case, device):
+    case = on(case, device)
+    given = inputs(195, 195, device, torch.float32, size=16)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = case.attend(*given)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert given[0].grad.dtype == torch.float32
+
+
+def test_bad_input_is_named(case):
+    q, k, v = inputs(195, 195)
+    with pytest.raises(InputError, match="q, k, v: wanted"):
+        case.attend(q[0], k, v)
+    with pytest.raises(InputError, match="key_padding_mask: wanted bool"):
+        case.attend(q, k, v, key_padding_mask=torch.ones(3, 195))
 
 
 @pytest.mark.parametrize("name", ["Dense", "performer", ""])
 def test_an_unknown_name_raises_and_lists_the_known(name):
-    with pytest.raises(InputError, match=r"attention: wanted one of \['dense', 'sat'\]"):
+    with pytest.raises(InputError, match=r"wanted one of \['dense', 'longformer', 'bigbird', 'lsg', 'sat'\]"):
         get_attention(name)
+
+
+def test_an_option_that_an_attention_has_not_raises_and_lists_those_it_has():
+    with pytest.raises(InputError, match=r"'dense' takes no layout; its options are \[\]"):
+        get_attention("dense", layout=BlockLayout.full(3, 3, 16))
+    with pytest.raises(InputError, match=r"'bigbird' takes no window; its options are \['block', 'random_blocks'"):
+        get_attention("bigbird", window=64)

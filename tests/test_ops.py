@@ -3,44 +3,15 @@
 import contextlib
 import subprocess
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, definition, inputs, layouts, padding_mask, with_gradients
+from attention_cases import LAYOUTS, assert_close, definition, inputs, layouts, padding_mask, with_gradients
 
 from sat_lib import extension, ops, reference
 from sat_lib.errors import InputError
 from sat_lib.layout import BlockLayout
 from sat_lib.ops import attention_statistics, block_sparse_attention, sddmm, sparse_softmax, spmm
-
-
-class NumberFormat(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype
-    tf32: bool
-    rounding: float  # of a result, relative: what the format's products may lose
-
-
-FORMATS = {
-    "cpu": NumberFormat(torch.device("cpu"), torch.float64, False, 1e-14),
-    "float32": NumberFormat(torch.device("cuda"), torch.float32, False, 2**-20),
-    "tf32": NumberFormat(torch.device("cuda"), torch.float32, True, 2**-9),
-    "bfloat16": NumberFormat(torch.device("cuda"), torch.bfloat16, False, 2**-7),
-    "float16": NumberFormat(torch.device("cuda"), torch.float16, False, 2**-10),
-}
-
-
-@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in FORMATS if name != "cpu")])
-def number_format(request):
-    """A format, with TF32 products allowed or not, and results of torch.empty filled with NaN."""
-    chosen = FORMATS[request.param]
-    saved = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if chosen.tf32 else "ieee"
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
-    yield chosen
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.fp32_precision = saved
 
 
 def rounded_inputs(queries, keys, number_format, size=32, **changes):
@@ -50,24 +21,13 @@ def rounded_inputs(queries, keys, number_format, size=32, **changes):
     return made, [x.detach().double().requires_grad_() for x in made]
 
 
-def assert_close(got, exact, peer, factor, rounding):
-    """The error is at most `factor` times PyTorch's own in the same format, plus a rounding.
-
-    PyTorch multiplies small or narrow float32 matrices without TF32 where that is allowed, hence the rounding.
-    """
-    assert got.isfinite().all()
-    error, theirs = (got.double() - exact).norm(), (peer.double() - exact).norm()
-    bound = factor * theirs + rounding * exact.norm() + 1e-14
-    assert error <= bound, f"error {error:.3g}, PyTorch's {theirs:.3g}, bound {bound:.3g}"
-
-
-def check_attention(layout, queries, keys, number_format, mask=None, pruned="zero", **changes):
+def check_attention(layout, queries, keys, number_format, mask=None, pruned="zero", window=None, **changes):
     device, dtype, *_ = number_format
     layout, mask = layout.to(device), None if mask is None else mask.to(device)
     given, exact = rounded_inputs(queries, keys, number_format, **changes)
-    attend = partial(block_sparse_attention, layout=layout, key_padding_mask=mask, pruned=pruned)
+    attend = partial(block_sparse_attention, layout=layout, key_padding_mask=mask, pruned=pruned, window=window)
     out, gradients = with_gradients(attend, given)
-    dense = lambda q, k, v: definition(q, k, v, layout, mask, pruned)[0]
+    dense = lambda q, k, v: definition(q, k, v, layout, mask, pruned, window)[0]
     want, wanted = with_gradients(dense, exact)
     peer, peers = with_gradients(partial(reference.block_sparse_attention, **attend.keywords), given)
     assert_close(out, want, peer, 2, number_format.rounding)
@@ -93,6 +53,24 @@ def test_attention_of_every_size_equals_the_definition(block, size, number_forma
     check_attention(layouts(3, 3, block, 2)["random"], length, length, number_format, size=size)
     mask = padding_mask("ragged", 3, length, block)
     check_attention(layouts(3, 3, block, 2)["per head"], length, length, number_format, mask, "drop", size=size)
+
+
+@pytest.mark.parametrize("window", [0, 1, 15, 16, 40, 1000])
+@pytest.mark.parametrize("mask", ["none", "ragged"])
+@pytest.mark.parametrize("shape", [(64, 64, 16), (50, 51, 16), (70, 40, 32), (130, 300, 64)], ids=str)
+@pytest.mark.parametrize("name", ["everything", "random", "per head", "empty row"])
+def test_a_window_leaves_the_keys_behind_the_queries_own(name, shape, mask, window, number_format):
+    queries, keys, block = shape
+    layout = layouts(-(-queries // block), -(-keys // block), block, 2)[name]
+    check_attention(layout, queries, keys, number_format, padding_mask(mask, 3, keys, block), "drop", window)
+
+
+@pytest.mark.parametrize("size", [16, 64, 96])
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_a_window_of_every_size_equals_the_definition(block, size, number_format):
+    length = 3 * block - 5
+    layout = layouts(3, 3, block, 2)["everything"]
+    check_attention(layout, length, length, number_format, None, "drop", block // 2 + 3, size=size)
 
 
 @pytest.mark.parametrize("pruned", ["zero", "drop"])
@@ -219,12 +197,12 @@ def operator_calls(number_format):
     mask = padding_mask("ragged", 3, 30, 16).to(device)
     lists = ops._lists(layout)
     scores = reference.sddmm(q, k, layout).detach().requires_grad_()
-    out, lse = torch.ops.sat_lib.attention(q, k, v, *lists, mask, 16, 0.25, True)
+    out, lse = torch.ops.sat_lib.attention(q, k, v, *lists, mask, 16, 0.25, True, 20)
     plain = [x.detach() for x in (out, q, k, v, out, lse)]
     loose = [x.detach() for x in (scores, q)]
     return {
-        "attention": (q, k, v, *lists, mask, 16, 0.25, True),
-        "attention_backward": (*plain, *lists, mask, 16, 0.25),
+        "attention": (q, k, v, *lists, mask, 16, 0.25, True, 20),
+        "attention_backward": (*plain, *lists, mask, 16, 0.25, 20),
         "sddmm": (q, k, *lists, mask, 16, 0.25),
         "spmm": (scores, v, *lists, None, 16, 30, 1.0),
         "spmm_transposed": (*loose, *lists, mask, 16, 30, 1.0),
@@ -342,6 +320,10 @@ def test_bad_input_is_named():
         block_sparse_attention(q[0], k, v, layout)
     with pytest.raises(InputError, match="pruned: wanted one of"):
         block_sparse_attention(q, k, v, layout, pruned="keep")
+    with pytest.raises(InputError, match="window: goes with pruned='drop' alone; got pruned='zero'"):
+        block_sparse_attention(q, k, v, layout, window=3)
+    with pytest.raises(InputError, match="window: wanted a number of positions, 0 or more; got -1"):
+        block_sparse_attention(q, k, v, layout, pruned="drop", window=-1)
     with pytest.raises(InputError, match="want a grid of 4 x 4"):
         sddmm(q, k, BlockLayout.full(2, 2, 16))
     with pytest.raises(InputError, match="values: wanted"):

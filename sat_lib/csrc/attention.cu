@@ -5,7 +5,8 @@
 //   backward   delta_i = dO_i . O_i,  dS_ij = p_ij (dO_i . V_j - delta_i)
 //              dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
 //
-// q (B, H, Lq, d), k and v (B, H, Lk, d); padding keys weigh 0; a row without keys gives 0 and takes no gradient.
+// q (B, H, Lq, d), k and v (B, H, Lk, d); padding keys weigh 0; a row without keys gives 0 and takes no gradient. Under a
+// window, query i sees of the keys 0 .. Lq-1 those with |i - j| <= window; keys from Lq on stand outside of it.
 //
 // Plan: a warp owns 16 M rows of one head and walks through their list of kept blocks, 8 N columns at a time. Forward:
 // rows are queries. Backward: a first launch computes delta; a second has two roles, neighbours in the grid so that a
@@ -20,9 +21,25 @@
 namespace sat {
 namespace {
 
+// Scores outside the window become -inf. `row` and `column` are the first query and key of the tile, or first key and
+// query. Most chunks of a narrow layout lie inside as a whole.
+template <bool rows_are_keys, int M, int N>
+__device__ inline void mask_window(float (&scores)[M][N][4], int row, int column, const Attention& p, Lane lane) {
+  if (max(column + 8 * N - 1 - row, row + 16 * M - 1 - column) <= p.window) return;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int r = row + 16 * m + 8 * (x / 2) + lane.g, c = column + held_column<N>(j, lane.t) + x % 2;
+        if (abs(r - c) > p.window && (rows_are_keys ? r : c) < p.shape.queries) scores[m][j][x] = -INFINITY;
+      }
+}
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-template <class F, int P, int M, int N, bool held, int resident>
+template <class F, bool windowed, int P, int M, int N, bool held, int resident>
 __global__ void __launch_bounds__(kThreads, resident) forward_kernel(const Attention p) {
   const Lane lane;
   const Shape& shape = p.shape;
@@ -49,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, resident) forward_kernel(const Atten
       const Chunk<F, P, N, (P <= 2)> values(v, first, lane);
       multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
       mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+      if constexpr (windowed) mask_window<false, M, N>(scores, tile.first, first, p, lane);
       soften<M, N>(scores, rows, factors, scale);
 #pragma unroll
       for (int m = 0; m < M; ++m)
@@ -107,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) row_terms_kernel(const Attention p) 
   if (lane.t == 0) p.row_terms[tile.head(shape) * rows + row] = make_float2(lse, delta);
 }
 
-template <class F, int P, int M, int N, bool held>
+template <class F, bool windowed, int P, int M, int N, bool held>
 __device__ inline void gather_queries(const Attention& p, int part) {
   const Lane lane;
   const Shape& shape = p.shape;
@@ -137,6 +155,7 @@ __device__ inline void gather_queries(const Attention& p, int part) {
       multiply_rows<F, P, M, N>(scores, queries, k, first, lane);
       multiply_rows<F, P, M, N>(grad_weights, grads, v, first, lane);
       mask_keys<M, N>(scores, mask, first, shape.keys, lane);
+      if constexpr (windowed) mask_window<false, M, N>(scores, tile.first, first, p, lane);
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -155,7 +174,7 @@ __device__ inline void gather_queries(const Attention& p, int part) {
       store_sums<F, M, P>(grad_q, tile.first + 16 * m + 8 * half + lane.g, sums, m, half, p.scale, lane);
 }
 
-template <class F, int P, int M, int N, bool held>
+template <class F, bool windowed, int P, int M, int N, bool held>
 __device__ inline void gather_keys(const Attention& p, int part) {
   const Lane lane;
   const Shape& shape = p.shape;
@@ -190,6 +209,7 @@ __device__ inline void gather_keys(const Attention& p, int part) {
       const Chunk<F, P, N, (P == 1 && kHalf<F>)> chunk_q(q, first, lane), chunk_grad(grad, first, lane);
       multiply_rows<F, P, M, N>(weights, keys, q, first, lane);
       multiply_rows<F, P, M, N>(grads, values, grad, first, lane);
+      if constexpr (windowed) mask_window<true, M, N>(weights, tile.first, first, p, lane);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float4 term = __ldg(reinterpret_cast<const float4*>(terms + first + held_column<N>(j, lane.t)));
@@ -216,13 +236,13 @@ __device__ inline void gather_keys(const Attention& p, int part) {
     }
 }
 
-template <class F, int P, int MQ, int MK, int N, bool held, int resident>
+template <class F, bool windowed, int P, int MQ, int MK, int N, bool held, int resident>
 __global__ void __launch_bounds__(kThreads, resident) backward_kernel(const Attention p, int row_parts) {
   const int part = blockIdx.x;
   if (part < row_parts)
-    gather_queries<F, P, MQ, N, held>(p, part);
+    gather_queries<F, windowed, P, MQ, N, held>(p, part);
   else
-    gather_keys<F, P, MK, N, held>(p, part - row_parts);
+    gather_keys<F, windowed, P, MK, N, held>(p, part - row_parts);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
@@ -230,7 +250,9 @@ __global__ void __launch_bounds__(kThreads, resident) backward_kernel(const Atte
 template <class F, int P, int M, int N, bool held, int resident>
 cudaError_t launch_forward(const Attention& p, cudaStream_t stream) {
   const int warps = warps_of(p.layout, 16 * M), parts = ceil_div(p.shape.queries, 16 * M * warps);
-  forward_kernel<F, P, M, N, held, resident><<<grid_of(p.shape, parts), 32 * warps, 0, stream>>>(p);
+  const auto kernel = p.window == kNoWindow ? forward_kernel<F, false, P, M, N, held, resident>
+                                            : forward_kernel<F, true, P, M, N, held, resident>;
+  kernel<<<grid_of(p.shape, parts), 32 * warps, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -241,7 +263,9 @@ cudaError_t launch_backward(const Attention& p, cudaStream_t stream) {
   row_terms_kernel<F><<<grid_of(p.shape, rows), kThreads, 0, stream>>>(p);
   const int warps = warps_of(p.layout, 16 * MQ), row_parts = ceil_div(p.shape.queries, 16 * MQ * warps);
   const dim3 grid = grid_of(p.shape, row_parts + ceil_div(p.shape.keys, 16 * MK * warps));
-  backward_kernel<F, P, MQ, MK, N, held, resident><<<grid, 32 * warps, 0, stream>>>(p, row_parts);
+  const auto kernel = p.window == kNoWindow ? backward_kernel<F, false, P, MQ, MK, N, held, resident>
+                                            : backward_kernel<F, true, P, MQ, MK, N, held, resident>;
+  kernel<<<grid, 32 * warps, 0, stream>>>(p, row_parts);
   return cudaGetLastError();
 }
 

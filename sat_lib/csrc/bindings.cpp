@@ -84,7 +84,7 @@ cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const Tensor& v0, const Tensor& row_offsets,
                                      const Tensor& row_columns, const Tensor& column_offsets, const Tensor& column_rows,
                                      const Tensor& column_to_row, const Mask& mask0, int64_t block, double scale,
-                                     bool pruned_weigh, bool tf32) {
+                                     bool pruned_weigh, std::optional<int64_t> window, bool tf32) {
   const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0), v = readable(v0);
@@ -96,6 +96,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const T
   call.key_mask = mask_of(mask);
   call.scale = static_cast<float>(scale);
   call.pruned_weigh = pruned_weigh;
+  call.window = static_cast<int>(window.value_or(sat::kNoWindow));
   C10_CUDA_CHECK(sat::attention_forward(call, stream()));
   return {out, lse};
 }
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const
                                                       const Tensor& row_offsets, const Tensor& row_columns,
                                                       const Tensor& column_offsets, const Tensor& column_rows,
                                                       const Tensor& column_to_row, const Mask& mask0, int64_t block,
-                                                      double scale, bool tf32) {
+                                                      double scale, std::optional<int64_t> window, bool tf32) {
   const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0), v = readable(v0), out = readable(out0), grad = readable(grad0);
@@ -120,6 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const
   call.lse = lse.data_ptr<float>();
   call.key_mask = mask_of(mask);
   call.scale = static_cast<float>(scale);
+  call.window = static_cast<int>(window.value_or(sat::kNoWindow));
   C10_CUDA_CHECK(sat::attention_backward(call, stream()));
   return {grad_q, grad_k, grad_v};
 }

@@ -35,6 +35,8 @@ struct Shape {
   int batch, heads, queries, keys, head_size;
 };
 
+constexpr int kNoWindow = 1 << 30;  // beyond any difference of positions
+
 // Fused attention. The key mask is (B, Lk), 0 for padding; lse is (B, H, Lq) float32.
 struct Attention {
   Format format;
@@ -45,6 +47,7 @@ struct Attention {
   const uint8_t* key_mask;
   float scale;
   bool pruned_weigh;  // the "zero" rule: pruned keys stay in the denominator with raw score 0
+  int window;         // see attention.cu; kNoWindow for none
   View grad_out, grad_q, grad_k, grad_v;
   float2* row_terms;  // backward's workspace, (B, H, R b): LSE in base 2 and delta of every query
 };

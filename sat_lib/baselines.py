@@ -1,0 +1,237 @@
+"""The attentions that SAT is compared with: dense, Longformer, BigBird, LSG.
+
+The sparse ones turn q, k and v into block-sparse attention over a layout, which one of two implementations computes:
+"library" gathers blocks for PyTorch's dense products, as the published layers do; "kernel" is SAT's fused kernel (on a
+CPU, its formula). Both give the same softmax over what is attended to. q, k, v are (B, H, L, D), masks (B, L) bool with
+True for real tokens, results (B, H, L, D); a query with no real key to see gives 0. Any L will do but those that would
+leave nothing out: these raise InputError.
+"""
+
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import require
+from .gathered import gathered_attention, split
+from .layout import BlockLayout
+from .ops import block_sparse_attention
+from .pattern import bigbird_layout, window_layout
+from .reference import check_attention_inputs
+
+IMPLEMENTATIONS = {"kernel": partial(block_sparse_attention, pruned="drop"), "library": gathered_attention}
+BAND_BLOCK = 32  # side of the blocks that Longformer's window is laid out in: a choice of speed alone
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    """The original Transformer's attention, through PyTorch's scaled_dot_product_attention. Lq and Lk may differ."""
+    check_attention_inputs(q, k, v, key_padding_mask)
+    if key_padding_mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    some = key_padding_mask.any(-1, keepdim=True)  # (B, 1); a softmax over nothing would be NaN
+    allowed = (key_padding_mask | ~some)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed) * some[:, None, None]
+
+
+def _implementation(name: str):
+    require(name in IMPLEMENTATIONS, f"implementation: wanted one of {sorted(IMPLEMENTATIONS)}; got {name!r}")
+    return IMPLEMENTATIONS[name]
+
+
+# ---- Longformer ------------------------------------------------------------------------------------------------------
+
+
+def longformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    window: int = 64,
+    dilation: int = 1,
+    global_token: bool = False,
+    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    implementation: str = "kernel",
+) -> Tensor:
+    """Longformer (Beltagy et al. 2020): query i sees the keys i + n x dilation, |n| <= window / 2, inside [0, L).
+
+    With `global_token` position 0 sees everything and everything sees it. `global_qkv` are its own projections, which
+    its row then takes in place of q, k, v: (B, H, 1, D) and twice (B, H, L, D).
+
+    A dilation is that many windows, each over the positions of one residue, which stand in as examples of a larger
+    batch. The global key stands behind the keys of each residue, outside of the window, and is masked at its own place.
+
+    Raises:
+        InputError: the window is odd, or leaves no position out, where it would be dense attention.
+    """
+    attend = _implementation(implementation)
+    check_attention_inputs(q, k, v, key_padding_mask)
+    length, reach = q.shape[2], window // 2
+    require(window >= 2 and window % 2 == 0, f"window: wanted an even number of positions, 2 or more; got {window}")
+    require(dilation >= 1, f"dilation: wanted 1 or more; got {dilation}")
+    require(global_token or global_qkv is None, "global_qkv: goes with global_token=True alone")
+    require(
+        dilation > 1 or length > reach + 1,
+        f"window: {window} leaves none of {length} positions out, which is dense attention. Take a smaller window, "
+        "longer input or 'dense'",
+    )
+    mask = key_padding_mask
+    if mask is None and (global_token or length % dilation):
+        mask = torch.ones(len(q), length, dtype=torch.bool, device=q.device)
+    queries, keys, values = (_split_residues(x, dilation) for x in (q, k, v))
+    if global_token:
+        keys, values = (_append_first(x, whole, dilation) for x, whole in ((keys, k), (values, v)))
+        others = mask & (torch.arange(length, device=q.device) > 0)
+        real = _append_first(_split_mask(others, dilation), mask, dilation)
+    else:
+        real = None if mask is None else _split_mask(mask, dilation)
+    layout = _band(queries.shape[2], keys.shape[2], reach, q.device)
+    out = attend(queries, keys, values, layout, key_padding_mask=real, window=reach)
+    out = _join_residues(out, dilation)[:, :, :length]
+    if not global_token:
+        return out
+    row = dense_attention(*(global_qkv or (q[:, :, :1], k, v)), key_padding_mask=key_padding_mask)
+    return torch.cat([row, out[:, :, 1:]], 2)
+
+
+@lru_cache(maxsize=64)
+def _band(queries: int, keys: int, reach: int, device: torch.device) -> BlockLayout:
+    """The blocks within reach of the diagonal; a key behind the queries' own adds its block to every row."""
+    rows = -(-queries // BAND_BLOCK)
+    grid = window_layout(rows, -(-reach // BAND_BLOCK), BAND_BLOCK).grid
+    if keys > queries:
+        grid = F.pad(grid, (0, queries // BAND_BLOCK + 1 - rows))
+        grid[:, queries // BAND_BLOCK] = True
+    return BlockLayout(grid, BAND_BLOCK).to(device)
+
+
+def _split_residues(x: Tensor, dilation: int) -> Tensor:
+    """(B, H, L, D) -> (B * dilation, H, ceil(L / dilation), D), zeros after the end."""
+    if dilation == 1:
+        return x
+    return split(x, dilation).permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def _split_mask(mask: Tensor, dilation: int) -> Tensor:
+    """The same of (B, L)."""
+    return _split_residues(mask[:, None, :, None], dilation)[:, 0, :, 0]
+
+
+def _append_first(parts: Tensor, whole: Tensor, dilation: int) -> Tensor:
+    """Add position 0 of the whole sequences behind each residue's. Positions are axis 2 of 4, or 1 of 2."""
+    axis = whole.dim() // 2
+    return torch.cat([parts, whole.narrow(axis, 0, 1).repeat_interleave(dilation, 0)], axis)
+
+
+def _join_residues(x: Tensor, dilation: int) -> Tensor:
+    if dilation == 1:
+        return x
+    return x.unflatten(0, (-1, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+# ---- BigBird ---------------------------------------------------------------------------------------------------------
+
+
+def bigbird_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    block: int = 32,
+    random_blocks: int = 3,
+    seed: int = 0,
+    layer: int = 0,
+    implementation: str = "kernel",
+) -> Tensor:
+    """BigBird (Zaheer et al. 2020): global first and last block, a window of 3 blocks, random blocks per head.
+
+    The pattern is `pattern.bigbird_layout`, drawn once from (seed, layer): the same in training and evaluation, which
+    the layers in transformers are not (in evaluation all their random blocks are block 0).
+    """
+    attend = _implementation(implementation)
+    check_attention_inputs(q, k, v, key_padding_mask)
+    layout = _bigbird(q.shape[1], -(-q.shape[2] // block), random_blocks, block, seed, layer, q.device)
+    return attend(q, k, v, layout, key_padding_mask=key_padding_mask)
+
+
+@lru_cache(maxsize=64)
+def _bigbird(heads, blocks, random_blocks, block, seed, layer, device) -> BlockLayout:
+    return bigbird_layout(heads, blocks, random_blocks, block, seed, layer).to(device)
+
+
+# ---- LSG -------------------------------------------------------------------------------------------------------------
+
+
+def lsg_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    block: int = 32,
+    factor: int = 2,
+    implementation: str = "kernel",
+) -> Tensor:
+    """LSG (Condevaux and Harispe 2023), with max-norm: local, sparse and global attention. Position 0 is global.
+
+    The L - 1 positions behind the global one are cut into chunks of `block`; each chunk offers its block / factor real
+    keys of largest norm, head by head, without a gradient through the choice. Chunk b sees the chunks b - 1 to b + 1 in
+    full, what the `factor` chunks further on either side offer, and the global position, which sees and is seen by all.
+
+    Raises:
+        InputError: factor doesn't divide block, or at most two chunks, where published layers switch to full attention.
+    """
+    attend = _implementation(implementation)
+    check_attention_inputs(q, k, v, key_padding_mask)
+    length = q.shape[2] - 1
+    require(factor >= 1 and block % factor == 0, f"factor: wanted a divisor of the block {block}; got {factor}")
+    require(
+        length > 2 * block,
+        f"length: LSG wants more than two blocks of {block} positions behind the global one; got {length}, where "
+        "published layers silently switch to full attention. Take longer input, smaller blocks or 'dense'",
+    )
+    mask = key_padding_mask
+    if mask is None:
+        mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    chosen = _largest(k[:, :, 1:], mask[:, 1:], block, block // factor)
+    keys, values = (_local_sparse_global(x, chosen, block, factor) for x in (k, v))
+    counts = split(mask[:, None, 1:, None], block)[:, 0, :, :, 0].sum(-1, keepdim=True)  # (B, C, 1) real keys
+    offered = torch.arange(block // factor, device=q.device) < counts  # real ones come first
+    local = F.pad(mask[:, 1:], (0, -length % block))
+    real = torch.cat([local, _sides(offered[:, None, ..., None], factor)[:, 0, :, 0], mask[:, :1]], 1)
+    layout = _lsg(-(-length // block), block, factor, q.device)
+    out = attend(q[:, :, 1:], keys, values, layout, key_padding_mask=real)
+    return torch.cat([dense_attention(q[:, :, :1], k, v, key_padding_mask=key_padding_mask), out], 2)
+
+
+@lru_cache(maxsize=64)
+def _lsg(chunks: int, block: int, factor: int, device: torch.device) -> BlockLayout:
+    """Columns: the chunks, the sides (the first begins factor - 1 chunks before chunk 0), the global key."""
+    row, sides = torch.arange(chunks), chunks + factor - 1
+    local = window_layout(chunks, 1, block).grid
+    first = torch.arange(sides) - (factor - 1)  # chunk that a side begins with
+    side = (first == row[:, None] - 1 - factor) | (first == row[:, None] + 2)
+    return BlockLayout(torch.cat([local, side, torch.ones(chunks, 1, dtype=torch.bool)], 1), block).to(device)
+
+
+def _local_sparse_global(x: Tensor, chosen: Tensor, block: int, factor: int) -> Tensor:
+    """(B, H, 1 + L, D) -> (B, H, (C + C + factor - 1) * block + 1, D): chunks, what they offer by side, position 0."""
+    chunks = split(x[:, :, 1:], block)
+    offers = chunks.gather(3, chosen[..., None].expand(-1, -1, -1, -1, x.shape[3]))
+    return torch.cat([chunks.flatten(2, 3), _sides(offers, factor), x[:, :, :1]], 2)
+
+
+@torch.no_grad()
+def _largest(k: Tensor, real: Tensor, block: int, count: int) -> Tensor:
+    """(B, H, C, count): places within each chunk of its keys of largest norm, padding last."""
+    norms = torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
+    norms = F.pad(norms.masked_fill(~real[:, None], -1), (0, -k.shape[2] % block), value=-1)
+    return norms.unflatten(2, (-1, block)).topk(count, sorted=True).indices
+
+
+def _sides(offers: Tensor, factor: int) -> Tensor:
+    """(B, H, C, block / factor, D) -> (B, H, (C + factor - 1) * block, D): any `factor` neighbouring chunks' offers."""
+    padded, sides = F.pad(offers, (0, 0, 0, 0, factor - 1, factor - 1)), offers.shape[2] + factor - 1
+    return torch.cat([padded[:, :, i : i + sides] for i in range(factor)], 3).flatten(2, 3)
