@@ -70,7 +70,7 @@ def _data_prepare(options) -> int:
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", help="see: python -m sat_lib data list")
-    parser.add_argument("--attention", default="sat", help="dense or sat (default)")
+    parser.add_argument("--attention", default="sat", help="dense, longformer, bigbird, lsg or sat (default)")
     parser.add_argument("--preset", default="released", help="released (default) or continued: the schedule goes on")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe fields: steps=500 seed=1")
     parser.add_argument("--model", nargs="*", default=[], metavar="NAME=VALUE", help="model fields: block=64 layers=1")
@@ -121,7 +121,7 @@ def _settings(pairs: list[str]) -> dict:
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="attention, kernels, step_time, training, ...")
+    parser.add_argument("experiment", help="attention, kernels, step, training, ...")
     parser.add_argument("--profile", default="smoke", help="smoke (default) or paper; paper rows go to data/results")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="cases with these values alone")

@@ -7,6 +7,7 @@ True for real tokens, results (B, H, L, D); a query with no real key to see give
 leave nothing out: these raise InputError.
 """
 
+import math
 from functools import lru_cache, partial
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import require
-from .gathered import gathered_attention, split
+from .gathered import attend, cast_as_autocast, gathered_attention, split
 from .layout import BlockLayout
 from .ops import block_sparse_attention
 from .pattern import bigbird_layout, window_layout
@@ -39,6 +40,14 @@ def _implementation(name: str):
     return IMPLEMENTATIONS[name]
 
 
+def _global_row(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """One query that sees everything, (B, H, 1, D). PyTorch's fused attention would split the keys and use atomics."""
+    q, k, v = cast_as_autocast(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        allowed = None if key_padding_mask is None else key_padding_mask[:, None, None]
+        return attend(q / math.sqrt(q.shape[-1]), k, v, allowed)
+
+
 # ---- Longformer ------------------------------------------------------------------------------------------------------
 
 
@@ -59,13 +68,14 @@ def longformer_attention(
     With `global_token` position 0 sees everything and everything sees it. `global_qkv` are its own projections, which
     its row then takes in place of q, k, v: (B, H, 1, D) and twice (B, H, L, D).
 
-    A dilation is that many windows, each over the positions of one residue, which stand in as examples of a larger
-    batch. The global key stands behind the keys of each residue, outside of the window, and is masked at its own place.
+    A dilation is that many windows, each over the positions of one residue. These are computed as heads, which copies
+    nothing where heads alternate in memory, or as examples where there is a mask, which heads share. The global key
+    stands behind the keys of each residue, outside of the window, and is masked at its own place.
 
     Raises:
         InputError: the window is odd, or leaves no position out, where it would be dense attention.
     """
-    attend = _implementation(implementation)
+    compute = _implementation(implementation)
     check_attention_inputs(q, k, v, key_padding_mask)
     length, reach = q.shape[2], window // 2
     require(window >= 2 and window % 2 == 0, f"window: wanted an even number of positions, 2 or more; got {window}")
@@ -79,7 +89,8 @@ def longformer_attention(
     mask = key_padding_mask
     if mask is None and (global_token or length % dilation):
         mask = torch.ones(len(q), length, dtype=torch.bool, device=q.device)
-    queries, keys, values = (_split_residues(x, dilation) for x in (q, k, v))
+    axis = 1 if mask is None else 0
+    queries, keys, values = (_split_residues(x, dilation, axis) for x in (q, k, v))
     if global_token:
         keys, values = (_append_first(x, whole, dilation) for x, whole in ((keys, k), (values, v)))
         others = mask & (torch.arange(length, device=q.device) > 0)
@@ -87,11 +98,11 @@ def longformer_attention(
     else:
         real = None if mask is None else _split_mask(mask, dilation)
     layout = _band(queries.shape[2], keys.shape[2], reach, q.device)
-    out = attend(queries, keys, values, layout, key_padding_mask=real, window=reach)
-    out = _join_residues(out, dilation)[:, :, :length]
+    out = compute(queries, keys, values, layout, key_padding_mask=real, window=reach)
+    out = _join_residues(out, dilation, axis)[:, :, :length]
     if not global_token:
         return out
-    row = dense_attention(*(global_qkv or (q[:, :, :1], k, v)), key_padding_mask=key_padding_mask)
+    row = _global_row(*(global_qkv or (q[:, :, :1], k, v)), key_padding_mask)
     return torch.cat([row, out[:, :, 1:]], 2)
 
 
@@ -106,16 +117,16 @@ def _band(queries: int, keys: int, reach: int, device: torch.device) -> BlockLay
     return BlockLayout(grid, BAND_BLOCK).to(device)
 
 
-def _split_residues(x: Tensor, dilation: int) -> Tensor:
-    """(B, H, L, D) -> (B * dilation, H, ceil(L / dilation), D), zeros after the end."""
+def _split_residues(x: Tensor, dilation: int, axis: int) -> Tensor:
+    """(B, H, L, D) -> ceil(L / dilation) positions, zeros after the end; B or H, by the axis, times the dilation."""
     if dilation == 1:
         return x
-    return split(x, dilation).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    return split(x, dilation).permute(0, 3, 1, 2, 4).flatten(axis, axis + 1)
 
 
 def _split_mask(mask: Tensor, dilation: int) -> Tensor:
-    """The same of (B, L)."""
-    return _split_residues(mask[:, None, :, None], dilation)[:, 0, :, 0]
+    """(B, L) -> (B * dilation, ceil(L / dilation))."""
+    return _split_residues(mask[:, None, :, None], dilation, 0)[:, 0, :, 0]
 
 
 def _append_first(parts: Tensor, whole: Tensor, dilation: int) -> Tensor:
@@ -124,10 +135,11 @@ def _append_first(parts: Tensor, whole: Tensor, dilation: int) -> Tensor:
     return torch.cat([parts, whole.narrow(axis, 0, 1).repeat_interleave(dilation, 0)], axis)
 
 
-def _join_residues(x: Tensor, dilation: int) -> Tensor:
+def _join_residues(x: Tensor, dilation: int, axis: int) -> Tensor:
     if dilation == 1:
         return x
-    return x.unflatten(0, (-1, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    folded = (-1, dilation) if axis == 0 else (dilation, -1)
+    return x.unflatten(axis, folded).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 # ---- BigBird ---------------------------------------------------------------------------------------------------------
@@ -150,10 +162,10 @@ def bigbird_attention(
     The pattern is `pattern.bigbird_layout`, drawn once from (seed, layer): the same in training and evaluation, which
     the layers in transformers are not (in evaluation all their random blocks are block 0).
     """
-    attend = _implementation(implementation)
+    compute = _implementation(implementation)
     check_attention_inputs(q, k, v, key_padding_mask)
     layout = _bigbird(q.shape[1], -(-q.shape[2] // block), random_blocks, block, seed, layer, q.device)
-    return attend(q, k, v, layout, key_padding_mask=key_padding_mask)
+    return compute(q, k, v, layout, key_padding_mask=key_padding_mask)
 
 
 @lru_cache(maxsize=64)
@@ -183,7 +195,7 @@ def lsg_attention(
     Raises:
         InputError: factor doesn't divide block, or at most two chunks, where published layers switch to full attention.
     """
-    attend = _implementation(implementation)
+    compute = _implementation(implementation)
     check_attention_inputs(q, k, v, key_padding_mask)
     length = q.shape[2] - 1
     require(factor >= 1 and block % factor == 0, f"factor: wanted a divisor of the block {block}; got {factor}")
@@ -195,6 +207,7 @@ def lsg_attention(
     mask = key_padding_mask
     if mask is None:
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    first, queries = q.split([1, length], 2)
     chosen = _largest(k[:, :, 1:], mask[:, 1:], block, block // factor)
     keys, values = (_local_sparse_global(x, chosen, block, factor) for x in (k, v))
     counts = split(mask[:, None, 1:, None], block)[:, 0, :, :, 0].sum(-1, keepdim=True)  # (B, C, 1) real keys
@@ -202,8 +215,8 @@ def lsg_attention(
     local = F.pad(mask[:, 1:], (0, -length % block))
     real = torch.cat([local, _sides(offered[:, None, ..., None], factor)[:, 0, :, 0], mask[:, :1]], 1)
     layout = _lsg(-(-length // block), block, factor, q.device)
-    out = attend(q[:, :, 1:], keys, values, layout, key_padding_mask=real)
-    return torch.cat([dense_attention(q[:, :, :1], k, v, key_padding_mask=key_padding_mask), out], 2)
+    out = compute(queries, keys, values, layout, key_padding_mask=real)
+    return torch.cat([_global_row(first, k, v, key_padding_mask), out], 2)
 
 
 @lru_cache(maxsize=64)
@@ -218,9 +231,10 @@ def _lsg(chunks: int, block: int, factor: int, device: torch.device) -> BlockLay
 
 def _local_sparse_global(x: Tensor, chosen: Tensor, block: int, factor: int) -> Tensor:
     """(B, H, 1 + L, D) -> (B, H, (C + C + factor - 1) * block + 1, D): chunks, what they offer by side, position 0."""
-    chunks = split(x[:, :, 1:], block)
+    first, others = x.split([1, x.shape[2] - 1], 2)
+    chunks = split(others, block)
     offers = chunks.gather(3, chosen[..., None].expand(-1, -1, -1, -1, x.shape[3]))
-    return torch.cat([chunks.flatten(2, 3), _sides(offers, factor), x[:, :, :1]], 2)
+    return torch.cat([chunks.flatten(2, 3), _sides(offers, factor), first], 2)
 
 
 @torch.no_grad()

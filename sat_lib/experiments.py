@@ -7,17 +7,20 @@ again. Rows of the `smoke` profile lie in runs/smoke and count only for the sour
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from . import benchmarks, datasets, files, runs, timing
+from . import benchmarks, datasets, files, peers, runs, timing
+from .attention import ATTENTION
+from .baselines import IMPLEMENTATIONS
 from .errors import require
 from .recipes import PAPER_TASKS, RunConfig, run_config
 from .tasks import task
-from .train import Trainer
+from .train import Trainer, to_device
 
 PROFILES = ("smoke", "paper")
 HISTORY_POINTS = 400  # of a training curve that go into its row
@@ -67,13 +70,10 @@ def training_cases(profile: str) -> list[dict]:
 
 
 def accuracy_cases(profile: str) -> list[dict]:
-    """Every task with every attention and seed."""
-    tasks, seeds = (("digits16", "docstrings"), 2) if profile == "smoke" else (PAPER_TASKS, 5)
+    """Every task with every attention and seed, seed by seed."""
+    tasks, seeds = (("digits16", "docstrings"), 1) if profile == "smoke" else (PAPER_TASKS, 5)
     return [
-        _run_case(name, attention, seed, profile)
-        for seed in range(seeds)
-        for name in tasks
-        for attention in ("dense", "sat")
+        _run_case(name, attention, seed, profile) for seed in range(seeds) for name in tasks for attention in ATTENTION
     ]
 
 
@@ -130,38 +130,90 @@ def _thinned(metrics: list[dict]) -> list[dict]:
 
 # ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
 
-STEP_KINDS = ("dense", "sat, dense phase", "sat, sparse phase")
+# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase.
+STEP_KINDS = {
+    "sat, sparse phase": ("sat", "kernel", {}),
+    "sat, dense phase": ("sat", "kernel", {}),
+    "dense": ("dense", "sdpa", {}),
+    "longformer, kernel": ("longformer", "kernel", {}),
+    "longformer, library": ("longformer", "library", {}),
+    "longformer, transformers": ("longformer", "transformers", {}),
+    "longformer D = 2, kernel": ("longformer", "kernel", {"dilation": 2}),
+    "longformer D = 2, library": ("longformer", "library", {"dilation": 2}),
+    "bigbird, kernel": ("bigbird", "kernel", {}),
+    "bigbird, library": ("bigbird", "library", {}),
+    "bigbird, transformers": ("bigbird", "transformers", {}),
+    "lsg, kernel": ("lsg", "kernel", {}),
+    "lsg, library": ("lsg", "library", {}),
+}
 
 
-def step_time_cases(profile: str) -> list[dict]:
-    """A step of each kind, per task shape."""
-    shapes = ("cifar10", "agnews") if profile == "smoke" else PAPER_TASKS
-    batch = 4 if profile == "smoke" else 512
-    precision = "fp32" if profile == "smoke" else "bf16"
+def step_cases(profile: str) -> list[dict]:
+    """A step of every model and implementation, per task shape. On a CPU one image and one text shape, text without
+    the slower implementations."""
+    smoke = profile == "smoke"
     return [
-        {"task": name, "kind": kind, "batch": batch, "precision": precision} for name in shapes for kind in STEP_KINDS
+        {
+            "task": name,
+            "kind": kind,
+            "attention": attention,
+            "implementation": implementation,
+            "model": model,
+            "batch": 4 if smoke else 512,
+            "precision": "fp32" if smoke else "bf16",
+        }
+        for name in (("cifar10", "agnews") if smoke else PAPER_TASKS)
+        for kind, (attention, implementation, model) in STEP_KINDS.items()
+        if not (smoke and (model or (name == "agnews" and implementation in ("library", "transformers"))))
     ]
 
 
 def step_time(case: dict, context: Context) -> dict:
-    """Time and peak memory of whole training steps on random tokens of a task's shape."""
-    trainer = _step_trainer(case, context.device)
-    calls = 5 if context.device.type == "cpu" else 30
-    timed = timing.time_calls(trainer.train_step, context.device, warm_up=2, calls=calls)
-    peak = timing.peak_bytes(trainer.train_step, context.device)
-    return {**vars(timed), "peak_bytes": peak, "density": trainer.config.recipe.density}
+    """Time and peak memory of whole training steps on random tokens of a task's shape, which lie on the device.
+
+    A step is forward, backward, clipping and optimiser, and in SAT's dense phase the statistics and the transition
+    test. "error" in place of numbers where the memory isn't enough for a layer of transformers.
+    """
+    device, on_cpu = context.device, context.device.type == "cpu"
+    trainer, batch = _step_trainer(case, device)
+    result = {"density": trainer.config.recipe.density, "parameters": trainer.model.parameter_count()}
+    if case["implementation"] == "transformers":
+        result["transformers"] = peers.transformers_version()
+    step = partial(trainer.train_step, batch)
+    try:
+        timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 3, calls=3 if on_cpu else 30)
+        return result | vars(timed) | {"peak_bytes": timing.peak_bytes(step, device)}
+    except torch.OutOfMemoryError as error:
+        if case["implementation"] != "transformers":
+            raise
+        none = dict.fromkeys(("median_ms", "low_ms", "high_ms", "calls", "peak_bytes"))
+        return result | none | {"error": f"OutOfMemoryError: {error}".splitlines()[0]}
+    finally:
+        if not on_cpu:
+            torch.cuda.empty_cache()
 
 
-def _step_trainer(case: dict, device: torch.device) -> Trainer:
-    attention = "dense" if case["kind"] == "dense" else "sat"
+def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor]]:
+    """A trainer in the phase to be timed, and its batch on the device."""
+    ours = {"implementation": case["implementation"]} if case["implementation"] in IMPLEMENTATIONS else {}
     config = run_config(
-        case["task"], attention, batch=case["batch"], precision=case["precision"], theta=float("inf"), switch_at=10**9
+        case["task"],
+        case["attention"],
+        model=case["model"] | ours,
+        batch=case["batch"],
+        precision=case["precision"],
+        theta=float("inf"),
+        switch_at=10**9,
     )
-    trainer = Trainer(config, _random_splits(case["task"], 2 * case["batch"]), device)
+    data = _random_splits(case["task"], case["batch"])
+    trainer = Trainer(config, data, device)
+    if case["implementation"] == "transformers":
+        peers.use_transformers(trainer.model)
+    batch = to_device(data.train, np.arange(case["batch"]), device)
     if case["kind"] == "sat, sparse phase":
-        trainer.train_step()
+        trainer.train_step(batch)
         trainer.enter_sparse_phase(trainer.rule.maps)
-    return trainer
+    return trainer, batch
 
 
 def _random_splits(name: str, examples: int) -> datasets.Splits:
@@ -186,7 +238,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "training": (training_cases, train),
     "accuracy": (accuracy_cases, train),
     "ablations": (ablation_cases, train),
-    "step_time": (step_time_cases, step_time),
+    "step": (step_cases, step_time),
     "kernels": (benchmarks.kernel_cases, _on_device(benchmarks.kernel_time)),
     "attention": (benchmarks.attention_cases, _on_device(benchmarks.attention_time)),
 }

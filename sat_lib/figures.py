@@ -35,7 +35,16 @@ PALETTE |= {"sdpa": PALETTE["dense"], "reference": PALETTE["longformer"], "flex 
 TASK_NAMES = {"agnews": "AG News", "yelp": "Yelp", "cifar10": "CIFAR-10", "inaturalist": "iNaturalist", "imdb": "IMDB"}
 PUBLISHED_ACCURACY = {  # percent, mean of five runs (the paper's accuracy table)
     "dense": {"agnews": 71.43, "yelp": 76.77, "cifar10": 41.84, "inaturalist": 52.50},
+    "longformer": {"agnews": 77.39, "yelp": 80.81, "cifar10": 43.47, "inaturalist": 54.32},
+    "bigbird": {"agnews": 76.85, "yelp": 80.94, "cifar10": 42.24, "inaturalist": 52.96},
+    "lsg": {"agnews": 80.69, "yelp": 80.42, "cifar10": 43.04, "inaturalist": 54.17},
     "sat": {"agnews": 82.42, "yelp": 81.53, "cifar10": 43.16, "inaturalist": 53.19},
+}
+PUBLISHED_STEP_MS = {  # batch 512 on four RTX A5000, read off the paper's figure, to about 3 ms
+    "longformer": {"agnews": 240, "yelp": 241, "cifar10": 129, "inaturalist": 129},
+    "bigbird": {"agnews": 397, "yelp": 398, "cifar10": 216, "inaturalist": 216},
+    "lsg": {"agnews": 174, "yelp": 175, "cifar10": 95, "inaturalist": 95},
+    "sat": {"agnews": 160, "yelp": 162, "cifar10": 76, "inaturalist": 78},
 }
 PUBLISHED_SPEED_UP = {"QK^T": 1.55, "softmax": 37.34, "AV": 2.34}  # forward, CIFAR-10, RTX A5000
 
@@ -118,7 +127,7 @@ def accuracy(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     drawn = rows[["task", "attention", "seed", "test_accuracy", "phase"]].copy()
     drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
     tasks = list(dict.fromkeys(drawn["task"]))
-    figure, ((axis,),) = new(PAGE / 2, 2.2)
+    figure, ((axis,),) = new(PAGE, 2.4)
     common = {"data": drawn, "x": "task", "y": "accuracy_percent", "hue": "attention", "ax": axis, "order": tasks}
     sns.barplot(**common, errorbar=None, palette=PALETTE, alpha=0.45)
     sns.stripplot(**common, dodge=True, palette=PALETTE, size=3.5, legend=False, jitter=False)
@@ -161,23 +170,60 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Median time and peak memory of a training step, by task and kind of step; quartiles as lines."""
-    drawn = rows[["task", "kind", "batch", "precision", "median_ms", "low_ms", "high_ms", "peak_bytes"]].copy()
-    figure, ((time, memory),) = new(PAGE, 2.1, 1, 2)
+    """Median time and peak memory of a training step, by task and kind of step; quartiles as lines.
+
+    Colours are the attentions'; an implementation in PyTorch's operations is pale, one of transformers hatched.
+    """
+    names = ["task", "kind", "attention", "implementation", "batch", "precision"]
+    drawn = rows[[*names, "median_ms", "low_ms", "high_ms", "peak_bytes"]].copy()
     kinds, tasks = list(dict.fromkeys(drawn["kind"])), list(dict.fromkeys(drawn["task"]))
-    for side, kind in enumerate(kinds):
-        part = drawn[drawn["kind"] == kind].set_index("task").reindex(tasks)
-        x = np.arange(len(tasks)) + 0.8 * ((side + 0.5) / len(kinds) - 0.5)
-        spread = [part["median_ms"] - part["low_ms"], part["high_ms"] - part["median_ms"]]
-        settings = {"width": 0.8 / len(kinds), "color": PALETTE[kind], "label": kind}
-        time.bar(x, part["median_ms"], yerr=spread, error_kw={"linewidth": 0.7}, **settings)
-        memory.bar(x, part["peak_bytes"] / 2**20, **settings)
-    for axis, label in ((time, "training step (ms, median)"), (memory, "peak memory of a step (MiB)")):
-        axis.set(ylabel=label, xticks=range(len(tasks)))
-        axis.set_xticklabels([TASK_NAMES.get(name, name) for name in tasks])
-        sns.despine(ax=axis)
-    figure.legend(*time.get_legend_handles_labels(), loc="outside upper center", ncols=len(kinds), frameon=False)
+    height = 0.9 + 0.3 * len(kinds)
+    figure, axes = new(PAGE, height, 2, len(tasks), sharey=True, sharex="row")
+    for column, task in enumerate(tasks):
+        part = drawn[drawn["task"] == task].set_index("kind").reindex(kinds)
+        spread = np.stack([part["median_ms"] - part["low_ms"], part["high_ms"] - part["median_ms"]]).astype(float)
+        _step_bars(axes[0, column], part, part["median_ms"].astype(float), spread)
+        _step_bars(axes[1, column], part, part["peak_bytes"].astype(float) / 2**30, None)
+        axes[0, column].set_title(TASK_NAMES.get(task, task))
+    figure.supylabel("peak memory (GiB)" + 16 * " " + "training step (ms, median)", fontsize=7)
     return figure, drawn
+
+
+def _step_bars(axis: Axes, part: pd.DataFrame, values: pd.Series, spread: np.ndarray | None) -> None:
+    faint, hatched = part["implementation"] == "library", part["implementation"] == "transformers"
+    for place, (kind, value) in enumerate(values.items()):
+        if np.isnan(value):
+            continue
+        colour = PALETTE[kind] if kind in PALETTE else PALETTE[part["attention"][kind]]
+        face = "white" if hatched[kind] else (*colour, 0.5 if faint[kind] else 1.0)
+        error = None if spread is None else spread[:, place : place + 1]
+        settings = {"edgecolor": colour, "linewidth": 0.6, "hatch": "////" if hatched[kind] else None}
+        axis.barh(place, value, 0.75, xerr=error, facecolor=face, error_kw={"linewidth": 0.7}, **settings)
+        axis.annotate(f"{value:.3g}", (value, place), (3, 0), textcoords="offset points", va="center", fontsize=6.5)
+    axis.set(yticks=range(len(part)), yticklabels=list(part.index), ylim=(len(part) - 0.4, -0.6))
+    axis.margins(x=0.2)
+    sns.despine(ax=axis)
+
+
+def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = ("cifar10", "agnews")) -> pd.DataFrame:
+    """Time, peak memory, and the ratio to SAT's sparse phase beside the published one, for some of the tasks."""
+    lines = []
+    for kind, part in rows.groupby("kind", sort=False):
+        line = {"step of": kind}
+        for name in tasks:
+            some = rows[rows["task"] == name].set_index("kind").reindex([kind, "sat, sparse phase"])
+            ms, memory = some["median_ms"].astype(float), some["peak_bytes"].astype(float)
+            published = PUBLISHED_STEP_MS.get(part["attention"].iloc[0], {}).get(name)
+            told = published is not None and kind != "sat, dense phase"
+            ratio = f"{published / PUBLISHED_STEP_MS['sat'][name]:.2f}" if told else "-"
+            line |= {
+                f"{TASK_NAMES[name]} ms": _short(ms.iloc[0]),
+                f"{TASK_NAMES[name]} GiB": _short(memory.iloc[0] / 2**30),
+                f"{TASK_NAMES[name]} time / SAT's": "-" if ms.isna().any() else f"{ms.iloc[0] / ms.iloc[1]:.2f}",
+                f"{TASK_NAMES[name]} published": ratio,
+            }
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 OPERATIONS = {"QK^T": ("gemm_qk", "sddmm"), "softmax": ("softmax", "sparse_softmax"), "AV": ("gemm_av", "spmm")}
@@ -396,11 +442,12 @@ def _short(value: float) -> str:
 FIGURES = {
     "02_training": ("training", None, training),
     "03_accuracy": ("accuracy", None, accuracy),
-    "04_step_time": ("step_time", None, step_time),
+    "04_step_time": ("step", None, step_time),
     "05_time_breakdown": ("kernels", {"sweep": "operations"}, time_breakdown),
     "06_ablations": ("ablations", None, ablations),
     "07_scaling": ("kernels", {"sweep": "length"}, scaling),
 }
+TABLES = {"accuracy": accuracy_table, "step": step_table}  # of experiments whose stage also has a table
 
 
 def save(

@@ -2,7 +2,8 @@
 
 The kept blocks of K and V are copied side by side for every block row, which then meets them in one batched product, a
 softmax and a second product. Block rows that keep everything (BigBird's global ones) take dense products without a
-copy. Fast where the other block rows keep about equally many blocks: each is filled up to the longest.
+copy. Fast where the other block rows keep about equally many blocks: each is filled up to the longest. Nothing is added
+up by atomics, so the same input gives the same bits.
 """
 
 import itertools
@@ -34,87 +35,87 @@ def gathered_attention(
     check_attention_inputs(q, k, v, key_padding_mask)
     check_rules("drop", window)
     check_layout(q, layout, k.shape[2])
-    device, queries = q.device.type, q.shape[2]
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    with torch.autocast(device, enabled=False):
-        rows = split(q / math.sqrt(q.shape[-1]), layout.block)
-        runs = _runs(layout, queries, k.shape[2], window)
-        pieces = [_attend_run(rows[:, :, run.start : run.stop], k, v, key_padding_mask, layout, run) for run in runs]
-        return torch.cat(pieces, 2).flatten(2, 3)[:, :, :queries]
+    queries = q.shape[2]
+    runs, parts = _plan(layout, queries, k.shape[2], window)
+    q, k, v = (x.contiguous() for x in cast_as_autocast(q, k, v))  # once, or every product copies
+    with torch.autocast(q.device.type, enabled=False):
+        pieces = split(q / math.sqrt(q.shape[-1]), layout.block).split([size for size, _ in runs], 2)
+        done = {}
+        for full, part in parts.items():
+            mine = [i for i, run in enumerate(runs) if run[1] == full]
+            rows = _cat([pieces[i] for i in mine])
+            out = (_attend_full if full else _attend_gathered)(rows, k, v, key_padding_mask, layout.block, part)
+            done |= zip(mine, out.split([runs[i][0] for i in mine], 2), strict=True)
+        return _cat([done[i] for i in range(len(runs))]).flatten(2, 3)[:, :, :queries]
 
 
-class Run(NamedTuple):
-    """Neighbouring block rows that are computed in one go; G = 1 where the heads share the layout, else H."""
+class Part(NamedTuple):
+    """Block rows that are computed in one go; G = 1 where the heads share the layout, else H."""
 
-    start: int
-    stop: int
     columns: Tensor | None  # (G, rows, S) int64, the blocks that each row keeps; None where they keep all of them
     incidence: Tensor | None  # (G, C, rows * S) bool: which column each of them is
-    allowed: Tensor | None  # bool, as wide as the gathered keys: what is attended to; None where all is
+    allowed: Tensor | None  # bool, ending in (rows, b, keys): which keys each query attends to; None for all of them
 
 
 @lru_cache(maxsize=64)
-def _runs(layout: BlockLayout, queries: int, keys: int, window: int | None) -> list[Run]:
+def _plan(layout: BlockLayout, queries: int, keys: int, window: int | None):
+    """Runs of block rows that keep everything or don't, [(block rows, whether)], and the `Part` of each kind."""
     kept = layout.grid.reshape(-1, layout.rows, layout.columns)
-    full = kept.all(2).all(0).tolist()
-    runs, start = [], 0
-    for dense, same in itertools.groupby(full):
-        stop = start + len(list(same))
-        make = _full_run if dense else _gathered_run
-        runs.append(make(kept[:, start:stop], start, stop, layout.block, queries, keys, window))
-        start = stop
-    return runs
+    full = kept.all(2).all(0)
+    runs = [(len(list(same)), whole) for whole, same in itertools.groupby(full.tolist())]
+    places = torch.arange(layout.block, device=kept.device)
+
+    def inside(rows: Tensor, key: Tensor) -> Tensor:  # key (..., rows or 1, 1, K)
+        query = (rows.nonzero() * layout.block + places)[..., None]  # (rows, b, 1)
+        near = True if window is None else ((query - key).abs() <= window) | (key >= queries)
+        return (key < keys) & near
+
+    parts = {}
+    if full.any():
+        allowed = inside(full, torch.arange(keys, device=kept.device))
+        parts[True] = Part(None, None, None if allowed.all() else allowed)
+    if not full.all():
+        some = kept[:, ~full]
+        counts = some.sum(2, keepdim=True)
+        slots = torch.arange(max(1, int(counts.max())), device=kept.device)
+        columns = some.int().argsort(dim=2, descending=True, stable=True)[:, :, slots]  # the kept ones first
+        exists = slots < counts
+        incidence = F.one_hot(columns, layout.columns).bool() & exists[..., None]  # (G, rows, S, C)
+        key = (columns[..., None] * layout.block + places).flatten(2)[:, :, None]
+        allowed = exists.repeat_interleave(layout.block, 2)[:, :, None] & inside(~full, key)
+        parts[False] = Part(columns, incidence.flatten(1, 2).mT, None if allowed.all() else allowed)
+    return runs, parts
 
 
-def _full_run(kept: Tensor, start: int, stop: int, block: int, queries: int, keys: int, window: int | None) -> Run:
-    key = torch.arange(keys, device=kept.device)
-    return Run(start, stop, None, None, _inside(start, stop, block, key, queries, keys, window))
+def _attend_full(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int, part: Part) -> Tensor:
+    """rows (B, H, n, b, D), scaled, against all keys -> (B, H, n, b, D)."""
+    mask = None if mask is None else mask[:, None, None]
+    allowed = None if part.allowed is None else part.allowed.expand(*rows.shape[2:4], -1).flatten(0, 1)
+    return attend(rows.flatten(2, 3), k, v, _both(allowed, mask)).unflatten(2, rows.shape[2:4])
 
 
-def _gathered_run(kept: Tensor, start: int, stop: int, block: int, queries: int, keys: int, window: int | None) -> Run:
-    counts = kept.sum(2, keepdim=True)  # (G, rows, 1)
-    slots = torch.arange(max(1, int(counts.max())), device=kept.device)
-    columns = kept.int().argsort(dim=2, descending=True, stable=True)[:, :, slots]  # the kept ones first
-    exists = slots < counts
-    incidence = F.one_hot(columns, kept.shape[2]).bool() & exists[..., None]  # (G, rows, S, C)
-    places = torch.arange(block, device=kept.device)
-    key = (columns[..., None] * block + places).flatten(2)[:, :, None]  # (G, rows, 1, S * b)
-    allowed = exists.repeat_interleave(block, 2)[:, :, None]
-    inside = _inside(start, stop, block, key, queries, keys, window)
-    allowed = allowed if inside is None else allowed & inside
-    return Run(start, stop, columns, incidence.flatten(1, 2).mT, None if allowed.all() else allowed)
-
-
-def _inside(start: int, stop: int, block: int, key: Tensor, queries: int, keys: int, window: int | None):
-    """Which of these keys (..., 1, K) exist and lie in each query's window, (rows, b, 1) queries; None where all do."""
-    query = torch.arange(start * block, stop * block, device=key.device).reshape(-1, block, 1)
-    inside = key < keys
-    if window is not None:
-        inside = inside & (((query - key).abs() <= window) | (key >= queries))
-    return None if inside.all() else inside
-
-
-def _attend_run(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: BlockLayout, run: Run) -> Tensor:
-    """rows (B, H, n, b, D), already scaled -> (B, H, n, b, D)."""
-    if run.columns is None:
-        # one product for all rows: (B, H, 1, n * b, D) with (B, H, 1, Lk, D)
-        allowed = None if run.allowed is None else run.allowed.flatten(0, 1)
-        mask = None if mask is None else mask[:, None, None, None]
-        out = _attend(rows.flatten(2, 3)[:, :, None], k[:, :, None], v[:, :, None], _both(allowed, mask))
-        return out.unflatten(3, rows.shape[2:4])[:, :, 0]
+def _attend_gathered(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int, part: Part) -> Tensor:
+    """The same against each block row's own keys."""
     if mask is not None:
-        mask = split(mask[:, None, :, None], layout.block)[:, 0, :, :, 0][:, run.columns].flatten(3)[..., None, :]
-    keys, values = (_gather(x, layout.block, run) for x in (k, v))
-    return _attend(rows, keys, values, _both(run.allowed, mask))
+        mask = split(mask[:, None, :, None], block)[:, 0, :, :, 0][:, part.columns].flatten(3)[..., None, :]
+    keys, values = (
+        GatherBlocks.apply(split(x, block).flatten(3), part.columns, part.incidence).reshape(
+            *rows.shape[:3], -1, x.shape[3]
+        )
+        for x in (k, v)
+    )  # (B, H, n, S * b, D)
+    return attend(rows, keys, values, _both(part.allowed, mask))
 
 
 def _both(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return mask if allowed is None else allowed if mask is None else allowed & mask
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """Dense attention over the last two axes; queries without any key give 0."""
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """Dense attention over the last two axes of scaled queries: (..., Q, D), (..., K, D) -> (..., Q, D).
+
+    `allowed` is bool, broadcast to (..., Q, K): which keys a query attends to. A query without any gives 0.
+    """
     scores = q @ k.mT
     if allowed is None:
         return scores.softmax(-1) @ v
@@ -123,29 +124,36 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     return (scores + bias).softmax(-1) @ v * allowed.any(-1, keepdim=True)
 
 
+def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as it casts the inputs of PyTorch's own attention."""
+    device = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x for x in tensors)
+
+
 def split(x: Tensor, size: int) -> Tensor:
     """(B, H, L, D) -> (B, H, ceil(L / size), size, D), zeros after the end. No copy where the size divides L."""
     missing = -x.shape[2] % size
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, size))
 
 
-def _gather(x: Tensor, block: int, run: Run) -> Tensor:
-    """(B, H, Lk, D) -> (B, H, rows, S * b, D): the blocks that each block row keeps."""
-    blocks = _GatherBlocks.apply(split(x, block).flatten(3), run.columns, run.incidence)
-    return blocks.reshape(*x.shape[:2], run.stop - run.start, -1, x.shape[3])
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-class _GatherBlocks(torch.autograd.Function):
+class GatherBlocks(torch.autograd.Function):
     """(B, H, C, n) blocks -> (B, H, rows * S, n). Backward is a product with the incidence matrix: no atomics."""
 
     @staticmethod
     def forward(ctx, blocks: Tensor, columns: Tensor, incidence: Tensor) -> Tensor:
         ctx.save_for_backward(incidence)
+        dtype, (heads, count) = blocks.dtype, blocks.shape[1:3]
+        if blocks.shape[3] * blocks.itemsize % 8 == 0:
+            blocks = blocks.view(torch.int64)  # moved as larger words: index_select takes them one by one
         if len(columns) == 1:
-            return blocks.index_select(2, columns.flatten())
-        heads, count = blocks.shape[1:3]
+            return blocks.index_select(2, columns.flatten()).view(dtype)
         first = count * torch.arange(heads, device=blocks.device)[:, None, None]
-        return blocks.flatten(1, 2).index_select(1, (columns + first).flatten()).unflatten(1, (heads, -1))
+        gathered = blocks.flatten(1, 2).index_select(1, (columns + first).flatten())
+        return gathered.unflatten(1, (heads, -1)).view(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

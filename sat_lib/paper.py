@@ -25,8 +25,8 @@ def draw_committed(root: Path = files.ROOT) -> int:
             continue
         figure, drawn = draw(rows)
         figures.save(stage, "paper", figure, drawn, rows, root)
-        if experiment == "accuracy":
-            figures.save_table(f"{stage}_table", "paper", figures.accuracy_table(rows), root)
+        if experiment in figures.TABLES:
+            figures.save_table(f"{stage}_table", "paper", figures.TABLES[experiment](rows), root)
         absent = f", {missing} cases without a row yet" if missing else ""
         print(f"{stage:18} {len(rows)} rows from {rows['device'][0]}{absent}")
     _draw_kernel_table(root)

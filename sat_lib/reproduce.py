@@ -52,6 +52,9 @@ STAGES = (
         "04_step_time",
         "Time of a training step by method (published: BigBird takes 2.45 to 2.84 times as long as SAT).",
         1,
+        "04_step_time_table.csv",
+        "04_step_time_table.md",
+        experiment="step",
     ),
     _figure(
         "05_time_breakdown",

@@ -69,8 +69,11 @@ class Trainer:
                 self.optimiser, rate, recipe.steps, pct_start=recipe.warm_up / recipe.steps, anneal_strategy="linear"
             )
 
-    def train_step(self) -> dict:
+    def train_step(self, batch: tuple[Tensor, Tensor] | None = None) -> dict:
         """One optimiser step, and in SAT's dense phase the transition test after it.
+
+        Args:
+            batch: tokens (b, L) and labels (b,), int64, on the device; None takes the step's own from the training set.
 
         Returns:
             step, phase, rate, loss (task loss, a tensor without axes, so that nothing waits for the GPU), and in SAT's
@@ -79,7 +82,7 @@ class Trainer:
         self.model.train()
         learning = self.phase == "dense" and self.config.model.attention == "sat"
         record = {"step": self.step, "phase": self.phase, "rate": self.optimiser.param_groups[0]["lr"]}
-        tokens, labels = self._batch()
+        tokens, labels = batch or self._batch()
         with self._autocast():
             output = self.model(tokens, statistics=learning)
             loss = total = F.cross_entropy(output.logits.float(), labels)
