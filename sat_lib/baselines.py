@@ -207,13 +207,10 @@ def lsg_attention(
     mask = key_padding_mask
     if mask is None:
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    q, k, v = cast_as_autocast(q, k, v)
+    chosen, real = _largest(k[:, :, 1:], mask, block, factor)
+    keys, values = (_Regroup.apply(x.transpose(1, 2), chosen, block, factor).transpose(1, 2) for x in (k, v))
     first, queries = q.split([1, length], 2)
-    chosen = _largest(k[:, :, 1:], mask[:, 1:], block, block // factor)
-    keys, values = (_local_sparse_global(x, chosen, block, factor) for x in (k, v))
-    counts = split(mask[:, None, 1:, None], block)[:, 0, :, :, 0].sum(-1, keepdim=True)  # (B, C, 1) real keys
-    offered = torch.arange(block // factor, device=q.device) < counts  # real ones come first
-    local = F.pad(mask[:, 1:], (0, -length % block))
-    real = torch.cat([local, _sides(offered[:, None, ..., None], factor)[:, 0, :, 0], mask[:, :1]], 1)
     layout = _lsg(-(-length // block), block, factor, q.device)
     out = compute(queries, keys, values, layout, key_padding_mask=real)
     return torch.cat([_global_row(first, k, v, key_padding_mask), out], 2)
@@ -221,31 +218,61 @@ def lsg_attention(
 
 @lru_cache(maxsize=64)
 def _lsg(chunks: int, block: int, factor: int, device: torch.device) -> BlockLayout:
-    """Columns: the chunks, the sides (the first begins factor - 1 chunks before chunk 0), the global key."""
-    row, sides = torch.arange(chunks), chunks + factor - 1
+    """Over the keys as `_Regroup` puts them: chunk b sees its neighbours, two sides, and the global key's block."""
+    row, side = torch.arange(chunks)[:, None], torch.arange(chunks + factor - 1)
+    begins = side - (factor - 1)  # chunk that a side begins with
+    sides = (begins == row - 1 - factor) | (begins == row + 2)
     local = window_layout(chunks, 1, block).grid
-    first = torch.arange(sides) - (factor - 1)  # chunk that a side begins with
-    side = (first == row[:, None] - 1 - factor) | (first == row[:, None] + 2)
-    return BlockLayout(torch.cat([local, side, torch.ones(chunks, 1, dtype=torch.bool)], 1), block).to(device)
-
-
-def _local_sparse_global(x: Tensor, chosen: Tensor, block: int, factor: int) -> Tensor:
-    """(B, H, 1 + L, D) -> (B, H, (C + C + factor - 1) * block + 1, D): chunks, what they offer by side, position 0."""
-    first, others = x.split([1, x.shape[2] - 1], 2)
-    chunks = split(others, block)
-    offers = chunks.gather(3, chosen[..., None].expand(-1, -1, -1, -1, x.shape[3]))
-    return torch.cat([chunks.flatten(2, 3), _sides(offers, factor), first], 2)
+    return BlockLayout(torch.cat([local, sides, torch.ones_like(row, dtype=torch.bool)], 1), block).to(device)
 
 
 @torch.no_grad()
-def _largest(k: Tensor, real: Tensor, block: int, count: int) -> Tensor:
-    """(B, H, C, count): places within each chunk of its keys of largest norm, padding last."""
+def _largest(k: Tensor, mask: Tensor, block: int, factor: int) -> tuple[Tensor, Tensor]:
+    """Places within each chunk of its keys of largest norm, (B, C, n, H, 1), padding last; and the mask regrouped."""
+    real, missing = mask[:, 1:], -k.shape[2] % block
     norms = torch.linalg.vector_norm(k, dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
-    norms = F.pad(norms.masked_fill(~real[:, None], -1), (0, -k.shape[2] % block), value=-1)
-    return norms.unflatten(2, (-1, block)).topk(count, sorted=True).indices
+    norms = F.pad(norms.masked_fill(~real[:, None], -1), (0, missing), value=-1)
+    chosen = norms.unflatten(2, (-1, block)).topk(block // factor, sorted=True).indices.permute(0, 2, 3, 1)[..., None]
+    regrouped = _Regroup.apply(mask[..., None, None], chosen[:, :, :, :1], block, factor)[..., 0, 0]
+    return chosen, regrouped  # every head offers as many real keys, so the first speaks for all
 
 
-def _sides(offers: Tensor, factor: int) -> Tensor:
-    """(B, H, C, block / factor, D) -> (B, H, (C + factor - 1) * block, D): any `factor` neighbouring chunks' offers."""
-    padded, sides = F.pad(offers, (0, 0, 0, 0, factor - 1, factor - 1)), offers.shape[2] + factor - 1
-    return torch.cat([padded[:, :, i : i + sides] for i in range(factor)], 3).flatten(2, 3)
+class _Regroup(torch.autograd.Function):
+    """(B, 1 + L, H, D) keys or values, the global one first, and `chosen` -> (B, (2 C + factor - 1) * block + 1, H, D).
+
+    First the C chunks; then the sides, what any `factor` neighbouring chunks offer together, as long as a chunk, the
+    first of them ending with chunk 0; at last the global one. Zeros where there is nothing. As one function, because
+    its gradient put together by autograd takes five times as many passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, chosen: Tensor, block: int, factor: int) -> Tensor:
+        chunks, length = chosen.shape[1], x.shape[1] - 1
+        ctx.save_for_backward(chosen)
+        ctx.sizes = block, factor, length
+        out = x.new_empty(x.shape[0], (2 * chunks + factor - 1) * block + 1, *x.shape[2:])
+        local, sides, last = out.split([chunks * block, (chunks + factor - 1) * block, 1], 1)
+        local[:, :length] = x[:, 1:]
+        local[:, length:] = 0
+        last.copy_(x[:, :1])
+        offers = local.unflatten(1, (chunks, block)).gather(2, chosen.expand(*chosen.shape[:4], x.shape[3]))
+        sides = sides.unflatten(1, (-1, factor, block // factor))
+        for place in range(factor):
+            before = factor - 1 - place
+            sides[:, :before, place] = 0
+            sides[:, before : before + chunks, place] = offers
+            sides[:, before + chunks :, place] = 0
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (chosen,), (block, factor, length) = ctx.saved_tensors, ctx.sizes
+        chunks, size = chosen.shape[1], grad.shape[3]
+        local, sides, last = grad.split([chunks * block, (chunks + factor - 1) * block, 1], 1)
+        sides = sides.unflatten(1, (-1, factor, block // factor))
+        parts = [sides[:, factor - 1 - place :][:, :chunks, place] for place in range(factor)]
+        offers = sum(parts[1:], parts[0])
+        local = local.clone(memory_format=torch.contiguous_format)
+        local.unflatten(1, (chunks, block)).scatter_add_(2, chosen.expand(*chosen.shape[:4], size), offers)
+        return torch.cat([last, local[:, :length]], 1), None, None, None

@@ -185,7 +185,8 @@ def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         _step_bars(axes[0, column], part, part["median_ms"].astype(float), spread)
         _step_bars(axes[1, column], part, part["peak_bytes"].astype(float) / 2**30, None)
         axes[0, column].set_title(TASK_NAMES.get(task, task))
-    figure.supylabel("peak memory (GiB)" + 16 * " " + "training step (ms, median)", fontsize=7)
+    axes[0, 0].set_ylabel("training step (ms, median)")
+    axes[1, 0].set_ylabel("peak memory of a step (GiB)")
     return figure, drawn
 
 
@@ -196,10 +197,10 @@ def _step_bars(axis: Axes, part: pd.DataFrame, values: pd.Series, spread: np.nda
             continue
         colour = PALETTE[kind] if kind in PALETTE else PALETTE[part["attention"][kind]]
         face = "white" if hatched[kind] else (*colour, 0.5 if faint[kind] else 1.0)
-        error = None if spread is None else spread[:, place : place + 1]
+        error, above = (None, 0) if spread is None else (spread[:, place : place + 1], spread[1, place])
         settings = {"edgecolor": colour, "linewidth": 0.6, "hatch": "////" if hatched[kind] else None}
         axis.barh(place, value, 0.75, xerr=error, facecolor=face, error_kw={"linewidth": 0.7}, **settings)
-        axis.annotate(f"{value:.3g}", (value, place), (3, 0), textcoords="offset points", va="center", fontsize=6.5)
+        axis.annotate(f"{value:.3g}", (value + above, place), (3, 0), textcoords="offset points", va="center")
     axis.set(yticks=range(len(part)), yticklabels=list(part.index), ylim=(len(part) - 0.4, -0.6))
     axis.margins(x=0.2)
     sns.despine(ax=axis)

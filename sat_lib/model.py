@@ -77,7 +77,7 @@ class ModelConfig:
         require(
             self.implementation in (IMPLEMENTATIONS if several else ("kernel",)),
             f"implementation: wanted one of {list(IMPLEMENTATIONS)}, 'kernel' for dense and sat; got "
-            f"{self.implementation!r} for {self.attention}",
+            f"{self.implementation!r} for {self.attention!r}",
         )
 
     def attention_options(self, layer: int) -> dict:

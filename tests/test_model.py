@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from sat_lib.baselines import IMPLEMENTATIONS
 from sat_lib.errors import InputError
 from sat_lib.model import Encoder, ModelConfig, model_config
 from sat_lib.pattern import random_layout
@@ -28,6 +31,65 @@ def test_parameter_counts_are_the_published_ones(name, count):
 def test_a_dense_model_has_no_sparsity_parameter():
     difference = PUBLISHED["cifar10"] - Encoder(model_config("cifar10", attention="dense")).parameter_count()
     assert difference == 2 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings", "more"),
+    [
+        ("longformer", {}, 0),
+        ("bigbird", {}, 0),
+        ("lsg", {}, 64),  # the global token
+        ("longformer", {"global_token": True}, 2 * 3 * (64 * 64 + 64)),  # its projections
+    ],
+    ids=str,
+)
+def test_baselines_have_the_dense_models_parameters_and_their_global_ones(attention, settings, more):
+    dense = Encoder(model_config("cifar10", attention="dense")).parameter_count()
+    model = Encoder(model_config("cifar10", attention=attention, **settings))
+    assert model.parameter_count() - dense == more
+    logits = model(torch.randint(1, 256, (2, 1024))).logits
+    logits.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.dim() == 2)
+    assert model.global_token is None or model.global_token.grad.abs().sum() > 0
+
+
+BASELINES = {
+    "longformer": {"window": 8, "dilation": (1, 2), "global_token": True},
+    "bigbird": {"block": 4, "random_blocks": 1},
+    "lsg": {"block": 8},
+}
+
+
+@pytest.mark.parametrize("attention", BASELINES)
+def test_both_implementations_give_the_same_model(attention):
+    config = small(attention=attention, masked_attention=True, length=39, **BASELINES[attention])
+    ids, outputs = tokens(config), []
+    for implementation in IMPLEMENTATIONS:
+        torch.manual_seed(0)
+        model = Encoder(replace(config, implementation=implementation)).eval()
+        logits = model(ids).logits
+        logits.sum().backward()
+        outputs.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_each_layer_has_its_own_random_blocks_and_dilation():
+    layers = Encoder(small(attention="bigbird", **BASELINES["bigbird"])).layers
+    assert [layer.attention.attend.keywords["layer"] for layer in layers] == [0, 1]
+    layers = Encoder(small(attention="longformer", **BASELINES["longformer"])).layers
+    assert [layer.attention.attend.keywords["dilation"] for layer in layers] == [1, 2]
+
+
+def test_lsgs_global_token_takes_the_place_of_position_0_behind_the_last_layer():
+    model = Encoder(small(attention="lsg", block=8)).eval()
+    seen = {}
+    model.layers[-1].register_forward_hook(lambda module, inputs, output: seen.update(last=output[0]))
+    model.norm.register_forward_pre_hook(lambda module, inputs: seen.update(norm=inputs[0]))
+    model(tokens(model.config))
+    assert seen["last"].shape == (3, 41, 16) and seen["norm"].shape == (3, 40, 16)
+    assert torch.equal(seen["norm"][:, 0], seen["last"][:, 0])
+    assert torch.equal(seen["norm"][:, 1:], seen["last"][:, 2:])
 
 
 def test_the_papers_sparsity_parameter_is_as_wide_as_the_embedding():
@@ -110,6 +172,14 @@ def test_bad_settings_are_refused_at_the_border():
         small(heads=3)
     with pytest.raises(InputError, match="attention: wanted one of"):
         small(attention="linear")
+    with pytest.raises(InputError, match="dilation: wanted one number, or one for each of 2 layers"):
+        small(attention="longformer", dilation=(1, 2, 3))
+    for attention in ("dense", "sat"):
+        with pytest.raises(InputError, match=f"implementation: wanted one of .* got 'library' for '{attention}'"):
+            small(attention=attention, implementation="library")
+    with pytest.raises(InputError, match="statistics: there are those of dense and sat models; this one is 'lsg'"):
+        model = Encoder(small(attention="lsg", block=8))
+        model(tokens(model.config), statistics=True)
     with pytest.raises(InputError, match="length: wanted at least 1"):
         small(length=0)
     with pytest.raises(InputError, match="block: wanted at most the length 40"):

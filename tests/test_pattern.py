@@ -3,7 +3,17 @@ import torch
 
 from sat_lib.errors import InputError
 from sat_lib.layout import BlockLayout
-from sat_lib.pattern import SparsityParameter, generate_layout, mass_kept, overlap, random_layout, sparsity_loss
+from sat_lib.pattern import (
+    SparsityParameter,
+    generate_layout,
+    global_window_layout,
+    mass_kept,
+    overlap,
+    random_layout,
+    sparsity_loss,
+    strided_layout,
+    window_layout,
+)
 
 
 def test_released_initialisation_is_uniform_on_zero_to_one():
@@ -70,6 +80,22 @@ def test_random_layout_is_repeatable_and_of_the_density_asked_for():
     assert random_layout(16, 16, 0.25, 8, seed=1) == random_layout(16, 16, 0.25, 8, seed=1)
     assert random_layout(16, 16, 0.25, 8, seed=1) != random_layout(16, 16, 0.25, 8, seed=2)
     assert random_layout(16, 16, 0.25, 8, seed=1).kept_blocks == 64
+
+
+def grid(*rows):
+    return torch.tensor([[mark == "x" for mark in row] for row in rows])
+
+
+def test_static_patterns():
+    assert torch.equal(window_layout(4, 0, 8).grid, torch.eye(4).bool())
+    assert torch.equal(window_layout(4, 1, 8).grid, grid("xx..", "xxx.", ".xxx", "..xx"))
+    assert torch.equal(global_window_layout(4, 0, 1, 8).grid, grid("xxxx", "xx..", "x.x.", "x..x"))
+    image = grid("xxx...", "xxx...", "xxx...", "...xxx", "...xxx", "...xxx") | torch.eye(6).roll(3, 0).bool()
+    assert torch.equal(strided_layout(6, 3, 8).grid, image)
+    assert {window_layout(4, 1, 8).block, global_window_layout(4, 1, 1, 8).block, strided_layout(6, 3, 8).block} == {8}
+    assert window_layout(32, 1, 32).kept_blocks == 94
+    with pytest.raises(InputError, match="stride: wanted 2 or more blocks to an image row; got 1"):
+        strided_layout(4, 1, 32)
 
 
 def test_mass_and_overlap():

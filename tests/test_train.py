@@ -1,9 +1,13 @@
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_splits
 
+from sat_lib.attention import ATTENTION
 from sat_lib.errors import InputError
 from sat_lib.pattern import sparsity_loss
 from sat_lib.recipes import PUBLISHED, config_from_dict, run_config
@@ -111,6 +115,32 @@ def test_the_transition_waits_for_the_rule_where_it_is_not_forced():
 def test_a_dense_model_never_looks_at_its_maps():
     made = trainer(attention="dense")
     assert set(made.train_step()) == {"step", "phase", "rate", "loss"}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_attention_trains_and_goes_on_from_its_state(attention):
+    settings = {"attention": attention, "model": {"block": 16, "dropout": 0.0}}
+    settings["switch_at"] = 1 if attention == "sat" else None
+    made = trainer(**settings)
+    first = steps(made, 3)
+    assert made.phase == ("sparse" if attention == "sat" else "dense")
+    other = trainer(**settings)
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    assert float(other.train_step()["loss"]) == float(made.train_step()["loss"]) != float(first[0]["loss"])
+    assert other.evaluate(tiny_splits().test) == made.evaluate(tiny_splits().test)
+
+
+def test_a_batch_that_is_given_takes_the_place_of_the_steps_own():
+    made, other = (trainer(model={"dropout": 0.0}) for _ in range(2))
+    tokens, labels = other._batch()
+    assert float(made.train_step()["loss"]) == float(other.train_step((tokens, labels))["loss"])
+    made, other = (trainer(model={"dropout": 0.0}) for _ in range(2))
+    assert float(made.train_step()["loss"]) != float(other.train_step((tokens, (labels + 1) % 10))["loss"])
+
+
+def test_a_configuration_survives_json():
+    config = tiny_config(attention="longformer", model={"dilation": (1, 2)})
+    assert config_from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
 def test_evaluation_counts_every_example_and_the_published_protocol_drops_the_incomplete_batch():
