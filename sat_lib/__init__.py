@@ -4,7 +4,8 @@
     reference                              SDDMM, sparse softmax, SpMM and block-sparse attention in plain PyTorch
     ops                                    the same as operators: CUDA kernels (csrc) on a GPU
     pattern, transition                    the sparsity parameter, and when to switch
-    attention.get_attention(name)          "dense", "sat"
+    attention.get_attention(name)          "dense", "longformer", "bigbird", "lsg", "sat"
+    baselines, gathered                    the four SAT is compared with, and their form in PyTorch's own products
     model.model_config, model.Encoder      the published model
     recipes.run_config, runs.fit           the published training
     datasets.prepare, datasets.load        the tasks

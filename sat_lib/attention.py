@@ -51,7 +51,7 @@ def get_attention(name: str, **options) -> Callable[..., Tensor]:
     """
     require(name in ATTENTION, f"attention: wanted one of {list(ATTENTION)}; got {name!r}")
     parameters = inspect.signature(ATTENTION[name]).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY][1:]
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "key_padding_mask"]
     unknown = sorted(options.keys() - set(known))
     require(not unknown, f"attention: {name!r} takes no {', '.join(unknown)}; its options are {known}")
     return partial(ATTENTION[name], **options)

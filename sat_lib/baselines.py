@@ -3,8 +3,8 @@
 The sparse ones turn q, k and v into block-sparse attention over a layout, which one of two implementations computes:
 "library" gathers blocks for PyTorch's dense products, as the published layers do; "kernel" is SAT's fused kernel (on a
 CPU, its formula). Both give the same softmax over what is attended to. q, k, v are (B, H, L, D), masks (B, L) bool with
-True for real tokens, results (B, H, L, D); a query with no real key to see gives 0. Any L will do but those that would
-leave nothing out: these raise InputError.
+True for real tokens, results (B, H, L, D); a query with no real key to see gives 0. Any L will do, but where published
+layers silently switch to full attention, or where the pattern would leave nothing out, InputError is raised.
 """
 
 import math
@@ -18,7 +18,7 @@ from .errors import require
 from .gathered import attend, cast_as_autocast, gathered_attention, split
 from .layout import BlockLayout
 from .ops import block_sparse_attention
-from .pattern import bigbird_layout, window_layout
+from .pattern import bigbird_layout, check_bigbird_blocks, window_layout
 from .reference import check_attention_inputs
 
 IMPLEMENTATIONS = {"kernel": partial(block_sparse_attention, pruned="drop"), "library": gathered_attention}
@@ -38,6 +38,16 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor
 def _implementation(name: str):
     require(name in IMPLEMENTATIONS, f"implementation: wanted one of {sorted(IMPLEMENTATIONS)}; got {name!r}")
     return IMPLEMENTATIONS[name]
+
+
+def _check_self_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+    check_attention_inputs(q, k, v, key_padding_mask)
+    require(q.shape == k.shape, f"q, k: wanted as many keys as queries; got {tuple(q.shape)} and {tuple(k.shape)}")
+
+
+def _check_size(name: str, value: int, least: int) -> None:
+    whole = isinstance(value, int) and value >= least
+    require(whole, f"{name}: wanted a whole number, {least} or more; got {value!r}")
 
 
 def _global_row(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -73,19 +83,16 @@ def longformer_attention(
     stands behind the keys of each residue, outside of the window, and is masked at its own place.
 
     Raises:
-        InputError: the window is odd, or leaves no position out, where it would be dense attention.
+        InputError: the window is odd, or leaves nothing out, which is dense attention.
     """
     compute = _implementation(implementation)
-    check_attention_inputs(q, k, v, key_padding_mask)
-    length, reach = q.shape[2], window // 2
-    require(window >= 2 and window % 2 == 0, f"window: wanted an even number of positions, 2 or more; got {window}")
-    require(dilation >= 1, f"dilation: wanted 1 or more; got {dilation}")
-    require(global_token or global_qkv is None, "global_qkv: goes with global_token=True alone")
-    require(
-        dilation > 1 or length > reach + 1,
-        f"window: {window} leaves none of {length} positions out, which is dense attention. Take a smaller window, "
-        "longer input or 'dense'",
-    )
+    _check_self_attention(q, k, v, key_padding_mask)
+    length = q.shape[2]
+    check_longformer(length, window, dilation, global_token)
+    reach = window // 2
+    if global_qkv is not None:
+        require(global_token, "global_qkv: goes with global_token=True alone")
+        _check_global(q, global_qkv)
     mask = key_padding_mask
     if mask is None and (global_token or length % dilation):
         mask = torch.ones(len(q), length, dtype=torch.bool, device=q.device)
@@ -104,6 +111,27 @@ def longformer_attention(
         return out
     row = _global_row(*(global_qkv or (q[:, :, :1], k, v)), key_padding_mask)
     return torch.cat([row, out[:, :, 1:]], 2)
+
+
+def check_longformer(length: int, window: int, dilation: int, global_token: bool) -> None:
+    """Raise InputError unless Longformer is defined for these sizes, and leaves something out."""
+    _check_size("window", window, 2)
+    _check_size("dilation", dilation, 1)
+    require(window % 2 == 0, f"window: wanted an even number of positions; got {window}")
+    require(
+        length - global_token > (window // 2 + 1 if dilation == 1 else 1),
+        f"window: {window} leaves none of {length} positions out, which is dense attention. Take a smaller window, "
+        "longer input or 'dense'",
+    )
+
+
+def _check_global(q: Tensor, global_qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+    batch, heads, length, size = q.shape
+    got = [tuple(x.shape) for x in global_qkv]
+    wanted = [(batch, heads, positions, size) for positions in (1, length, length)]
+    require(got == wanted, f"global_qkv: wanted shapes {wanted}; got {got}")
+    same = all(x.dtype == q.dtype and x.device == q.device for x in global_qkv)
+    require(same, f"global_qkv: wanted {q.dtype} on {q.device} as q; got {[(x.dtype, x.device) for x in global_qkv]}")
 
 
 @lru_cache(maxsize=64)
@@ -163,9 +191,17 @@ def bigbird_attention(
     the layers in transformers are not (in evaluation all their random blocks are block 0).
     """
     compute = _implementation(implementation)
-    check_attention_inputs(q, k, v, key_padding_mask)
+    _check_self_attention(q, k, v, key_padding_mask)
+    check_bigbird(q.shape[2], block, random_blocks)
     layout = _bigbird(q.shape[1], -(-q.shape[2] // block), random_blocks, block, seed, layer, q.device)
     return compute(q, k, v, layout, key_padding_mask=key_padding_mask)
+
+
+def check_bigbird(length: int, block: int, random_blocks: int) -> None:
+    """Raise InputError unless BigBird is defined for these sizes."""
+    _check_size("block", block, 1)
+    _check_size("random_blocks", random_blocks, 0)
+    check_bigbird_blocks(-(-length // block), random_blocks, block)
 
 
 @lru_cache(maxsize=64)
@@ -193,17 +229,12 @@ def lsg_attention(
     full, what the `factor` chunks further on either side offer, and the global position, which sees and is seen by all.
 
     Raises:
-        InputError: factor doesn't divide block, or at most two chunks, where published layers switch to full attention.
+        InputError: factor doesn't divide block, or two chunks or fewer (at factor 1 three), which see everything.
     """
     compute = _implementation(implementation)
-    check_attention_inputs(q, k, v, key_padding_mask)
+    _check_self_attention(q, k, v, key_padding_mask)
     length = q.shape[2] - 1
-    require(factor >= 1 and block % factor == 0, f"factor: wanted a divisor of the block {block}; got {factor}")
-    require(
-        length > 2 * block,
-        f"length: LSG wants more than two blocks of {block} positions behind the global one; got {length}, where "
-        "published layers silently switch to full attention. Take longer input, smaller blocks or 'dense'",
-    )
+    check_lsg(length, block, factor)
     mask = key_padding_mask
     if mask is None:
         mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
@@ -214,6 +245,19 @@ def lsg_attention(
     layout = _lsg(-(-length // block), block, factor, q.device)
     out = compute(queries, keys, values, layout, key_padding_mask=real)
     return torch.cat([_global_row(first, k, v, key_padding_mask), out], 2)
+
+
+def check_lsg(length: int, block: int, factor: int) -> None:
+    """Raise InputError unless LSG is defined for these sizes, of `length` positions behind the global one."""
+    _check_size("block", block, 1)
+    _check_size("factor", factor, 1)
+    require(block % factor == 0, f"factor: wanted a divisor of the block {block}; got {factor}")
+    full = 3 if factor == 1 else 2
+    require(
+        length > full * block,
+        f"length: LSG wants more than {full} blocks of {block} positions behind the global one; got {length}, which "
+        "published layers silently give full attention. Take longer input, smaller blocks or 'dense'",
+    )
 
 
 @lru_cache(maxsize=64)
@@ -241,8 +285,8 @@ class _Regroup(torch.autograd.Function):
     """(B, 1 + L, H, D) keys or values, the global one first, and `chosen` -> (B, (2 C + factor - 1) * block + 1, H, D).
 
     First the C chunks; then the sides, what any `factor` neighbouring chunks offer together, as long as a chunk, the
-    first of them ending with chunk 0; at last the global one. Zeros where there is nothing. As one function, because
-    its gradient put together by autograd takes five times as many passes over memory.
+    first of them ending with chunk 0; at last the global one. Zeros where there is nothing. One function, because
+    autograd would put the gradient together in several passes more over memory.
     """
 
     @staticmethod

@@ -193,6 +193,7 @@ def step_time(case: dict, context: Context) -> dict:
         none = dict.fromkeys(("median_ms", "low_ms", "high_ms", "calls", "peak_bytes"))
         return result | none | {"error": f"OutOfMemoryError: {error}".splitlines()[0]}
     finally:
+        del trainer, batch, step
         if not on_cpu:
             torch.cuda.empty_cache()
 

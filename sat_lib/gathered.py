@@ -8,7 +8,6 @@ up by atomics, so the same input gives the same bits.
 
 import itertools
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,8 @@ def gathered_attention(
     check_rules("drop", window)
     check_layout(q, layout, k.shape[2])
     queries = q.shape[2]
-    runs, parts = _plan(layout, queries, k.shape[2], window)
+    sizes = queries, k.shape[2], window
+    runs, parts = layout.derived((_plan, *sizes), lambda: _plan(layout, *sizes))
     q, k, v = (x.contiguous() for x in cast_as_autocast(q, k, v))  # once, or every product copies
     with torch.autocast(q.device.type, enabled=False):
         pieces = split(q / math.sqrt(q.shape[-1]), layout.block).split([size for size, _ in runs], 2)
@@ -55,9 +55,9 @@ class Part(NamedTuple):
     columns: Tensor | None  # (G, rows, S) int64, the blocks that each row keeps; None where they keep all of them
     incidence: Tensor | None  # (G, C, rows * S) bool: which column each of them is
     allowed: Tensor | None  # bool, ending in (rows, b, keys): which keys each query attends to; None for all of them
+    complete: bool  # whether every query attends to some key, but for padding
 
 
-@lru_cache(maxsize=64)
 def _plan(layout: BlockLayout, queries: int, keys: int, window: int | None):
     """Runs of block rows that keep everything or don't, [(block rows, whether)], and the `Part` of each kind."""
     kept = layout.grid.reshape(-1, layout.rows, layout.columns)
@@ -73,7 +73,7 @@ def _plan(layout: BlockLayout, queries: int, keys: int, window: int | None):
     parts = {}
     if full.any():
         allowed = inside(full, torch.arange(keys, device=kept.device))
-        parts[True] = Part(None, None, None if allowed.all() else allowed)
+        parts[True] = _part(None, None, allowed)
     if not full.all():
         some = kept[:, ~full]
         counts = some.sum(2, keepdim=True)
@@ -83,15 +83,20 @@ def _plan(layout: BlockLayout, queries: int, keys: int, window: int | None):
         incidence = F.one_hot(columns, layout.columns).bool() & exists[..., None]  # (G, rows, S, C)
         key = (columns[..., None] * layout.block + places).flatten(2)[:, :, None]
         allowed = exists.repeat_interleave(layout.block, 2)[:, :, None] & inside(~full, key)
-        parts[False] = Part(columns, incidence.flatten(1, 2).mT, None if allowed.all() else allowed)
+        parts[False] = _part(columns, incidence.flatten(1, 2).mT, allowed)
     return runs, parts
+
+
+def _part(columns: Tensor | None, incidence: Tensor | None, allowed: Tensor) -> Part:
+    return Part(columns, incidence, None if allowed.all() else allowed, bool(allowed.any(-1).all()))
 
 
 def _attend_full(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int, part: Part) -> Tensor:
     """rows (B, H, n, b, D), scaled, against all keys -> (B, H, n, b, D)."""
     mask = None if mask is None else mask[:, None, None]
     allowed = None if part.allowed is None else part.allowed.expand(*rows.shape[2:4], -1).flatten(0, 1)
-    return attend(rows.flatten(2, 3), k, v, _both(allowed, mask)).unflatten(2, rows.shape[2:4])
+    out = attend(rows.flatten(2, 3), k, v, _both(allowed, mask), part.complete and mask is None)
+    return out.unflatten(2, rows.shape[2:4])
 
 
 def _attend_gathered(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int, part: Part) -> Tensor:
@@ -104,24 +109,28 @@ def _attend_gathered(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bl
         )
         for x in (k, v)
     )  # (B, H, n, S * b, D)
-    return attend(rows, keys, values, _both(part.allowed, mask))
+    return attend(rows, keys, values, _both(part.allowed, mask), part.complete and mask is None)
 
 
 def _both(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return mask if allowed is None else allowed if mask is None else allowed & mask
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, complete: bool = False) -> Tensor:
     """Dense attention over the last two axes of scaled queries: (..., Q, D), (..., K, D) -> (..., Q, D).
 
-    `allowed` is bool, broadcast to (..., Q, K): which keys a query attends to. A query without any gives 0.
+    `allowed` is bool, broadcast to (..., Q, K): which keys a query attends to. A query without any gives 0; there is
+    none if `complete`.
     """
     scores = q @ k.mT
     if allowed is None:
         return scores.softmax(-1) @ v
-    lowest = torch.finfo(q.dtype).min / 2  # a sum with a score stays finite
-    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, lowest)
-    return (scores + bias).softmax(-1) @ v * allowed.any(-1, keepdim=True)
+    some = None if complete else allowed.any(-1, keepdim=True)
+    pruned = ~allowed if complete else ~allowed & some  # a softmax over nothing would be NaN
+    with torch.no_grad():  # in place, which no gradient needs to know: the softmax passes none to where it is 0
+        scores.masked_fill_(pruned, -torch.inf)
+    out = scores.softmax(-1) @ v
+    return out if complete else out * some
 
 
 def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +156,7 @@ class GatherBlocks(torch.autograd.Function):
     def forward(ctx, blocks: Tensor, columns: Tensor, incidence: Tensor) -> Tensor:
         ctx.save_for_backward(incidence)
         dtype, (heads, count) = blocks.dtype, blocks.shape[1:3]
-        if blocks.shape[3] * blocks.itemsize % 8 == 0:
+        if all(n * blocks.itemsize % 8 == 0 for n in (blocks.shape[3], blocks.storage_offset())):
             blocks = blocks.view(torch.int64)  # moved as larger words: index_select takes them one by one
         if len(columns) == 1:
             return blocks.index_select(2, columns.flatten()).view(dtype)

@@ -1,6 +1,8 @@
 """Which blocks of the attention map are kept: an immutable index over a boolean block grid."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +40,9 @@ class BlockLayout:
     column_rows: Tensor = field(init=False, repr=False)
     column_to_row: Tensor = field(init=False, repr=False)
     kept_blocks: int = field(init=False)
+    _derived: dict = field(init=False, repr=False, default_factory=dict)
 
+    @torch.inference_mode(False)  # the lists have to serve training too
     def __post_init__(self):
         grid, block = self.grid, self.block
         require(
@@ -98,6 +102,13 @@ class BlockLayout:
         """The same layout on another device; itself where it is there already."""
         moved = self.grid.to(device)
         return self if moved.device == self.grid.device else BlockLayout(moved, self.block)
+
+    @torch.inference_mode(False)
+    def derived(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """`make()`, called once per key: what an implementation derives from the layout, kept as long as it lives."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def entries(self, length: int) -> Tensor:
         """(L, L) or (H, L, L) bool: the layout spread over single entries, the last blocks cut off at L."""

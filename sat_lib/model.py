@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import get_attention
-from .baselines import IMPLEMENTATIONS
+from .baselines import IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
 from .errors import require
 from .layout import BlockLayout
 from .ops import attention_statistics
@@ -67,18 +67,30 @@ class ModelConfig:
             self.sparsity_width in ("head", "embedding"),
             f"sparsity_width: wanted 'head' or 'embedding'; got {self.sparsity_width!r}",
         )
-        if not isinstance(self.dilation, int):
-            object.__setattr__(self, "dilation", tuple(self.dilation))
-            require(
-                len(self.dilation) == self.layers,
-                f"dilation: wanted one number, or one for each of {self.layers} layers; got {self.dilation}",
-            )
         several = self.attention in ("longformer", "bigbird", "lsg")
         require(
             self.implementation in (IMPLEMENTATIONS if several else ("kernel",)),
             f"implementation: wanted one of {list(IMPLEMENTATIONS)}, 'kernel' for dense and sat; got "
             f"{self.implementation!r} for {self.attention!r}",
         )
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        """The baselines' own sizes, which their attention would refuse later."""
+        if isinstance(self.dilation, list):
+            object.__setattr__(self, "dilation", tuple(self.dilation))
+        dilations = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * self.layers
+        require(
+            len(dilations) == self.layers,
+            f"dilation: wanted one number, or one for each of {self.layers} layers; got {self.dilation}",
+        )
+        if self.attention == "longformer":
+            for dilation in dilations:
+                check_longformer(self.length, self.window, dilation, self.global_token)
+        elif self.attention == "bigbird":
+            check_bigbird(self.length, self.block, self.random_blocks)
+        elif self.attention == "lsg":
+            check_lsg(self.length, self.block, self.sparsity_factor)
 
     def attention_options(self, layer: int) -> dict:
         """What the attention function of a layer (from 0) is given beside its inputs."""

@@ -67,6 +67,8 @@ def block_sparse_attention(
     check_layout(q, layout, k.shape[2])
     _check_kernels(q, k.shape[2], layout.block)
     scale = _check_scale(scale, q.shape[-1])
+    if window is not None and window >= max(q.shape[2], k.shape[2]):
+        window = None  # leaves nothing out
     call = torch.ops.sat_lib.attention
     return call(q, k, v, *_lists(layout), key_padding_mask, layout.block, scale, pruned == "zero", window)[0]
 

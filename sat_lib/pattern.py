@@ -115,6 +115,17 @@ def bigbird_layout(heads: int, blocks: int, random_blocks: int, block: int, seed
     Raises:
         InputError: at most 5 + 2 x random_blocks blocks, where the published layers switch to full attention.
     """
+    check_bigbird_blocks(blocks, random_blocks, block)
+    base = global_window_layout(blocks, 1, 1, block).grid.clone()
+    base[-1] = base[:, -1] = True
+    generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
+    chance = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(base, -1)
+    drawn = chance.topk(random_blocks).indices  # rows that keep everything draw what they have
+    return BlockLayout(base.expand(heads, -1, -1).scatter(2, drawn, True), block)
+
+
+def check_bigbird_blocks(blocks: int, random_blocks: int, block: int) -> None:
+    """Raise InputError where `bigbird_layout` does."""
     full = 5 + 2 * random_blocks
     require(random_blocks >= 0, f"random_blocks: wanted 0 or more; got {random_blocks}")
     require(
@@ -123,12 +134,6 @@ def bigbird_layout(heads: int, blocks: int, random_blocks: int, block: int, seed
         f"{blocks}, where published layers silently switch to full attention. Take longer input, smaller blocks or "
         "'dense'",
     )
-    base = global_window_layout(blocks, 1, 1, block).grid.clone()
-    base[-1] = base[:, -1] = True
-    generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
-    chance = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(base, -1)
-    drawn = chance.topk(random_blocks).indices  # rows that keep everything draw what they have
-    return BlockLayout(base.expand(heads, -1, -1).scatter(2, drawn, True), block)
 
 
 def _distances(blocks: int) -> Tensor:

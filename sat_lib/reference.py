@@ -8,7 +8,6 @@ as in the authors' released kernels.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,9 +47,9 @@ def index_of(row_offsets: Tensor, row_columns: Tensor, block: int, block_rows: i
     return Index(rows, columns, kept_keys, block, block_rows, block_columns)
 
 
-@lru_cache(maxsize=64)
 def _index(layout: BlockLayout, heads: int, keys: int) -> Index:
-    return index_of(layout.row_offsets, layout.row_columns, layout.block, layout.rows, heads, keys)
+    lists = layout.row_offsets, layout.row_columns, layout.block, layout.rows
+    return layout.derived((index_of, heads, keys), lambda: index_of(*lists, heads, keys))
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:

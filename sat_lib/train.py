@@ -12,7 +12,7 @@ from .errors import InputError, require
 from .layout import BlockLayout
 from .model import Encoder
 from .pattern import generate_layout, sparsity_loss
-from .recipes import RunConfig
+from .recipes import RunConfig, config_from_dict
 from .reference import pool_blocks
 from .transition import TransitionRule
 
@@ -224,7 +224,7 @@ def to_device(split: Split, indices: np.ndarray, device: torch.device) -> tuple[
 
 def check_same_config(saved: dict, config: RunConfig) -> None:
     """Raise InputError, naming every field that differs, unless `saved` is `config` as a dictionary."""
-    wanted = config.as_dict()
+    wanted, saved = config.as_dict(), config_from_dict(saved).as_dict()  # fields that are newer than it: their defaults
     differing = [
         f"{part}.{name}: saved {saved[part].get(name)!r}, wanted {value!r}"
         for part in wanted

@@ -19,9 +19,11 @@ def pytest_collection_modifyitems(items):
         if "gpu" in item.keywords:
             item.add_marker(skip)
 
+
 @pytest.fixture(params=[torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 def device(request):
     return request.param
+
 
 class NumberFormat(NamedTuple):
     device: torch.device
@@ -61,6 +63,7 @@ def tiny_splits(examples=40, seed=0) -> Splits:
     order = np.arange(examples)
     return Splits(task("digits16"), split.take(order[:24]), split.take(order[24:31]), split.take(order[31:]), "dev")
 
+
 def tiny_config(attention="sat", preset="released", model=None, **changes) -> RunConfig:
     """A run of a second or two: 12 steps of 6 examples, switching at the end of step 4."""
     sizes = {"width": 32, "hidden": 16, "block": 32} | (model or {})
@@ -68,4 +71,3 @@ def tiny_config(attention="sat", preset="released", model=None, **changes) -> Ru
     if attention == "dense":
         recipe["switch_at"] = None
     return run_config("digits16", attention, preset, model=sizes, **(recipe | changes))
-

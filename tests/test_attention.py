@@ -149,6 +149,40 @@ def test_autocast_casts_like_pytorchs_attention(case, device):
     assert given[0].grad.dtype == torch.float32
 
 
+def test_training_may_follow_inference_mode(case):
+    q, k, v = inputs(201, 201, dtype=torch.float32, size=16)  # a length that no other test has prepared
+    with torch.inference_mode():
+        case.attend(q, k, v)
+    case.attend(q, k, v).sum().backward()
+    assert q.grad.abs().sum() > 0
+
+
+@pytest.mark.gpu
+def test_a_cpu_and_a_gpu_take_turns(case):
+    given = [x.detach() for x in inputs(195, 195, dtype=torch.float32, size=16)]
+    out = case.attend(*given)
+    on_gpu = on(case, "cuda").attend(*(x.to("cuda") for x in given))
+    torch.testing.assert_close(on_gpu.cpu(), out, rtol=1e-3, atol=1e-4)
+    assert torch.equal(case.attend(*given), out)
+
+
+def test_masked_keys_do_not_win_however_large_their_scores(case, device):
+    """In float16 a score of 1e4 is not far from what the format can hold."""
+    case, real = on(case, device), torch.ones(2, 195, dtype=torch.bool, device=device)
+    real[:, 60:] = False
+    q = torch.full((2, 2, 195, 16), 100.0, dtype=torch.float16, device=device)
+    k, v = torch.zeros_like(q), torch.ones_like(q)
+    k[:, :, 60:], v[:, :, 60:] = 100.0, 1000.0
+    out = case.attend(q, k, v, key_padding_mask=real)
+    assert (out[:, :, :60] - 1).abs().max() < 0.01
+
+
+def test_tensors_may_begin_anywhere_in_memory(case):
+    numbers = torch.randn(3, 1 + 2 * 2 * 195 * 16)
+    q, k, v = (x[1:].view(2, 2, 195, 16) for x in numbers)
+    torch.testing.assert_close(case.attend(q, k, v), case.attend(q.clone(), k.clone(), v.clone()))
+
+
 def test_bad_input_is_named(case):
     q, k, v = inputs(195, 195)
     with pytest.raises(InputError, match="q, k, v: wanted"):

@@ -81,13 +81,19 @@ def test_bigbirds_random_blocks_depend_on_seed_and_layer_alone():
     ("name", "length", "options", "message"),
     [
         ("bigbird", 352, {}, "more than 11 blocks of 32 positions; got 11, where published layers silently switch"),
-        ("bigbird", 400, {"random_blocks": -1}, "random_blocks: wanted 0 or more"),
-        ("lsg", 65, {}, "LSG wants more than two blocks of 32 positions behind the global one; got 64"),
+        ("bigbird", 400, {"random_blocks": -1}, "random_blocks: wanted a whole number, 0 or more; got -1"),
+        ("bigbird", 400, {"block": 0}, "block: wanted a whole number, 1 or more; got 0"),
+        ("lsg", 65, {}, "LSG wants more than 2 blocks of 32 positions behind the global one; got 64"),
+        ("lsg", 97, {"factor": 1}, "LSG wants more than 3 blocks of 32 positions behind the global one; got 96"),
+        ("lsg", 400, {"block": -4}, "block: wanted a whole number, 1 or more; got -4"),
         ("lsg", 400, {"factor": 3}, "factor: wanted a divisor of the block 32; got 3"),
         ("longformer", 33, {}, "window: 64 leaves none of 33 positions out, which is dense attention"),
-        ("longformer", 400, {"window": 7}, "window: wanted an even number of positions, 2 or more; got 7"),
-        ("longformer", 400, {"window": 0}, "window: wanted an even number"),
-        ("longformer", 400, {"dilation": 0}, "dilation: wanted 1 or more; got 0"),
+        ("longformer", 34, {"global_token": True}, "window: 64 leaves none of 34 positions out"),
+        ("longformer", 2, {"dilation": 2, "global_token": True}, "window: 64 leaves none of 2 positions out"),
+        ("longformer", 400, {"window": 7}, "window: wanted an even number of positions; got 7"),
+        ("longformer", 400, {"window": 0}, "window: wanted a whole number, 2 or more; got 0"),
+        ("longformer", 400, {"window": 64.0}, r"window: wanted a whole number, 2 or more; got 64\.0"),
+        ("longformer", 400, {"dilation": 0}, "dilation: wanted a whole number, 1 or more; got 0"),
     ],
 )
 def test_what_has_no_definition_is_refused(name, length, options, message, implementation):
@@ -96,9 +102,21 @@ def test_what_has_no_definition_is_refused(name, length, options, message, imple
         get_attention(name, implementation=implementation, **options)(x, x, x)
 
 
-@pytest.mark.parametrize(("name", "length"), [("bigbird", 353), ("lsg", 66), ("longformer", 34)], ids=str)
-def test_the_shortest_length_leaves_something_out(name, length):
-    weights = attended(get_attention(name), length, heads=2)
+@pytest.mark.parametrize(
+    ("name", "length", "options"),
+    [
+        ("bigbird", 353, {}),
+        ("lsg", 66, {}),
+        ("lsg", 98, {"factor": 1}),
+        ("longformer", 34, {}),
+        ("longformer", 35, {"global_token": True}),
+        ("longformer", 2, {"dilation": 2}),
+        ("longformer", 3, {"dilation": 2, "global_token": True}),
+    ],
+    ids=str,
+)
+def test_the_shortest_length_leaves_something_out(name, length, options):
+    weights = attended(get_attention(name, **options), length, heads=2)
     assert (weights == 0).any()
 
 
@@ -108,6 +126,18 @@ def test_an_unknown_implementation_and_unasked_projections_are_refused():
         get_attention("lsg", implementation="flash")(x, x, x)
     with pytest.raises(InputError, match="global_qkv: goes with global_token=True alone"):
         get_attention("longformer")(x, x, x, global_qkv=(x, x, x))
+    attend = get_attention("longformer", global_token=True)
+    with pytest.raises(InputError, match=r"global_qkv: wanted shapes \[\(1, 2, 1, 8\), .*; got \[\(1, 2, 400, 8\)"):
+        attend(x, x, x, global_qkv=(x, x, x))
+    with pytest.raises(InputError, match=r"global_qkv: wanted torch\.float32"):
+        attend(x, x, x, global_qkv=(x[:, :, :1].double(), x, x))
+
+
+@pytest.mark.parametrize("name", ["longformer", "bigbird", "lsg"])
+def test_as_many_keys_as_queries_are_wanted(name):
+    x = torch.randn(1, 2, 401, 8)
+    with pytest.raises(InputError, match="wanted as many keys as queries"):
+        get_attention(name)(x, x[:, :, :400], x[:, :, :400])
 
 
 def test_the_global_token_has_its_own_projections():
@@ -120,8 +150,7 @@ def test_the_global_token_has_its_own_projections():
     torch.testing.assert_close(out[:, :, 1:], attend(q, k, v)[:, :, 1:])
 
 
-def test_no_gradient_goes_through_lsgs_choice():
-    """Scaling the keys that aren't chosen down to nothing changes no gradient of the chosen ones' values."""
+def test_gradients_of_lsg_reach_what_a_query_sees_and_nothing_else():
     q, k, v = torch.randn(3, 1, 1, 161, 8, dtype=torch.float64)
     k = k.requires_grad_()
     out = get_attention("lsg")(q, k, v)

@@ -172,6 +172,16 @@ def test_bad_settings_are_refused_at_the_border():
         small(heads=3)
     with pytest.raises(InputError, match="attention: wanted one of"):
         small(attention="linear")
+    with pytest.raises(InputError, match="window: 64 leaves none of 33 positions out"):
+        small(attention="longformer", length=33)
+    with pytest.raises(
+        InputError, match="BigBird with 3 random blocks wants more than 11 blocks of 16"
+    ):
+        small(attention="bigbird")
+    with pytest.raises(InputError, match="factor: wanted a divisor of the block 16; got 3"):
+        small(attention="lsg", sparsity_factor=3)
+    with pytest.raises(InputError, match="dilation: wanted a whole number, 1 or more; got '12'"):
+        small(attention="longformer", window=4, dilation="12")
     with pytest.raises(InputError, match="dilation: wanted one number, or one for each of 2 layers"):
         small(attention="longformer", dilation=(1, 2, 3))
     for attention in ("dense", "sat"):

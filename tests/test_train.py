@@ -138,6 +138,14 @@ def test_a_batch_that_is_given_takes_the_place_of_the_steps_own():
     assert float(made.train_step()["loss"]) != float(other.train_step((tokens, (labels + 1) % 10))["loss"])
 
 
+def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
+    state = trainer().state_dict()
+    del state["config"]["model"]["window"]
+    trainer().load_state_dict(state)
+    with pytest.raises(InputError, match=r"model\.window: saved 64, wanted 32"):
+        trainer(model={"window": 32}).load_state_dict(state)
+
+
 def test_a_configuration_survives_json():
     config = tiny_config(attention="longformer", model={"dilation": (1, 2)})
     assert config_from_dict(json.loads(json.dumps(config.as_dict()))) == config
