@@ -131,14 +131,17 @@ def source_digest(*modules: str) -> str:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The checkout's commit, "-dirty" appended where code or notebooks differ; else $SAT_LIB_COMMIT; else "unknown"."""
+    """$SAT_LIB_COMMIT, for a copy that git can't tell the commit of; else the checkout's, "-dirty" appended where code
+    or notebooks differ; else "unknown"."""
+    if "SAT_LIB_COMMIT" in os.environ:
+        return os.environ["SAT_LIB_COMMIT"]
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         status = [*git, "status", "--porcelain", "--", "sat_lib", "notebooks"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SAT_LIB_COMMIT", "unknown")
+        return "unknown"
     return head.stdout.strip() + ("-dirty" if changed else "")
 
 

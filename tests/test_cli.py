@@ -77,6 +77,13 @@ def test_the_documents_quote_the_present_tables(name, tmp_path):
     assert len(paper.QUOTED.findall(text)) >= 1
 
 
+def test_a_copy_may_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv("SAT_LIB_COMMIT", "0123456789ab")
+    assert files.commit() == "0123456789ab"
+    monkeypatch.delenv("SAT_LIB_COMMIT")
+    assert files.commit() != "0123456789ab"
+
+
 def test_committed_rows_have_their_provenance():
     for path in sorted((files.ROOT / "data/results").glob("*.jsonl")):
         for row in files.read_rows(path):
