@@ -27,9 +27,10 @@ def gathered_attention(
     key_padding_mask: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The attention of `reference.block_sparse_attention` under pruned="drop": same arguments, result and errors.
+    """The attention of `reference.block_sparse_attention` under pruned="drop" and the usual scale, 1 / sqrt(D).
 
-    Under autocast q, k and v are cast, as for PyTorch's own attention. No second derivatives.
+    Arguments, result and errors are the same. Under autocast q, k and v are cast, as for PyTorch's own attention. No
+    second derivatives.
     """
     check_attention_inputs(q, k, v, key_padding_mask)
     check_rules("drop", window)
@@ -44,7 +45,7 @@ def gathered_attention(
         for full, part in parts.items():
             mine = [i for i, run in enumerate(runs) if run[1] == full]
             rows = _cat([pieces[i] for i in mine])
-            out = (_attend_full if full else _attend_gathered)(rows, k, v, key_padding_mask, layout.block, part)
+            out = (_attend_full if full else _attend_gathered)(rows, k, v, key_padding_mask, part)
             done |= zip(mine, out.split([runs[i][0] for i in mine], 2), strict=True)
         return _cat([done[i] for i in range(len(runs))]).flatten(2, 3)[:, :, :queries]
 
@@ -91,7 +92,7 @@ def _part(columns: Tensor | None, incidence: Tensor | None, allowed: Tensor) -> 
     return Part(columns, incidence, None if allowed.all() else allowed, bool(allowed.any(-1).all()))
 
 
-def _attend_full(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int, part: Part) -> Tensor:
+def _attend_full(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, part: Part) -> Tensor:
     """rows (B, H, n, b, D), scaled, against all keys -> (B, H, n, b, D)."""
     mask = None if mask is None else mask[:, None, None]
     allowed = None if part.allowed is None else part.allowed.expand(*rows.shape[2:4], -1).flatten(0, 1)
@@ -99,8 +100,9 @@ def _attend_full(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block:
     return out.unflatten(2, rows.shape[2:4])
 
 
-def _attend_gathered(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int, part: Part) -> Tensor:
+def _attend_gathered(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, part: Part) -> Tensor:
     """The same against each block row's own keys."""
+    block = rows.shape[3]
     if mask is not None:
         mask = split(mask[:, None, :, None], block)[:, 0, :, :, 0][:, part.columns].flatten(3)[..., None, :]
     keys, values = (
