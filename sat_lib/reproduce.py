@@ -44,7 +44,7 @@ STAGES = (
         "03_accuracy",
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
-        15,
+        5,
         "03_accuracy_table.csv",
         "03_accuracy_table.md",
     ),
@@ -67,7 +67,7 @@ STAGES = (
         "06_ablations",
         "Test accuracy and the step of the transition as theta, delta, the density and the block size change one at a "
         "time: a higher theta switches later, a wider delta earlier, the density doesn't move it.",
-        4,
+        2,
     ),
     _figure(
         "07_scaling",
