@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import require
-from .gathered import attend, cast_as_autocast, gathered_attention, split
+from .gathered import attend, gathered_attention, split
 from .layout import BlockLayout
 from .ops import block_sparse_attention
 from .pattern import bigbird_layout, check_bigbird_blocks, window_layout
-from .reference import check_attention_inputs
+from .reference import cast_as_autocast, check_attention_inputs
 
 IMPLEMENTATIONS = {"kernel": partial(block_sparse_attention, pruned="drop"), "library": gathered_attention}
 BAND_BLOCK = 32  # side of the blocks that Longformer's window is laid out in: a choice of speed alone

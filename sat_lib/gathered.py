@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import BlockLayout
-from .reference import check_attention_inputs, check_layout, check_rules
+from .reference import cast_as_autocast, check_attention_inputs, check_layout, check_rules
 
 
 def gathered_attention(
@@ -133,12 +133,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, complete: bo
         scores.masked_fill_(pruned, -torch.inf)
     out = scores.softmax(-1) @ v
     return out if complete else out * some
-
-
-def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as it casts the inputs of PyTorch's own attention."""
-    device = tensors[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x for x in tensors)
 
 
 def split(x: Tensor, size: int) -> Tensor:

@@ -22,7 +22,14 @@ from torch import Tensor
 from . import extension, reference
 from .errors import require
 from .layout import BlockLayout
-from .reference import AttentionStatistics, check_attention_inputs, check_layout, check_rules, outside_window
+from .reference import (
+    AttentionStatistics,
+    cast_as_autocast,
+    check_attention_inputs,
+    check_layout,
+    check_rules,
+    outside_window,
+)
 
 IMPLEMENTATIONS = ("kernels", "reference")
 IMPLEMENTATION = os.environ.get("SAT_LIB_IMPLEMENTATION", "kernels")
@@ -244,8 +251,8 @@ def _autocast(name: str, device: str):
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
     def call(*arguments):
-        dtype, count = torch.get_autocast_dtype(device.lower()), _INPUTS[name]
-        cast = [x.to(dtype) if x.dtype == torch.float32 else x for x in arguments[:count]]
+        count = _INPUTS[name]
+        cast = cast_as_autocast(*arguments[:count])
         with torch._C._ExcludeDispatchKeyGuard(key):
             return operator(*cast, *arguments[count:])
 

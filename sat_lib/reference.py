@@ -280,6 +280,15 @@ def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Te
         )
 
 
+def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, those in float32 in autocast's dtype where it is on for their device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
 class AttentionStatistics(NamedTuple):
     """What the dense phase looks at, of one layer. Means over batch and heads, without gradient, float32 or wider."""
 

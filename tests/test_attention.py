@@ -149,6 +149,14 @@ def test_autocast_casts_like_pytorchs_attention(case, device):
     assert given[0].grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(case):
+    given = inputs(195, 195, size=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.attend(*given)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, case.attend(*given))
+
+
 def test_training_may_follow_inference_mode(case):
     q, k, v = inputs(201, 201, dtype=torch.float32, size=16)  # a length that no other test has prepared
     with torch.inference_mode():
