@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .baselines import bigbird_attention, dense_attention, longformer_attention, lsg_attention
+from .baselines import BASELINES, dense_attention
 from .errors import require
 from .layout import BlockLayout
 from .ops import block_sparse_attention
@@ -36,9 +36,7 @@ def sat_attention(
 
 ATTENTION: dict[str, Callable[..., Tensor]] = {
     "dense": dense_attention,
-    "longformer": longformer_attention,
-    "bigbird": bigbird_attention,
-    "lsg": lsg_attention,
+    **BASELINES,
     "sat": sat_attention,
 }
 

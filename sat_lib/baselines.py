@@ -320,3 +320,6 @@ class _Regroup(torch.autograd.Function):
         local = local.clone(memory_format=torch.contiguous_format)
         local.unflatten(1, (chunks, block)).scatter_add_(2, chosen.expand(*chosen.shape[:4], size), offers)
         return torch.cat([last, local[:, :length]], 1), None, None, None
+
+
+BASELINES = {"longformer": longformer_attention, "bigbird": bigbird_attention, "lsg": lsg_attention}

@@ -16,7 +16,7 @@ import torch
 
 from . import benchmarks, datasets, files, peers, runs, timing
 from .attention import ATTENTION
-from .baselines import IMPLEMENTATIONS
+from .baselines import BASELINES, IMPLEMENTATIONS
 from .errors import require
 from .recipes import PAPER_TASKS, RunConfig, run_config
 from .tasks import task
@@ -56,7 +56,7 @@ SMOKE_RUN = {
 def _run_case(task_name: str, attention: str, seed: int, profile: str, **changes) -> dict:
     settings = (SMOKE_RUN[task_name] if profile == "smoke" else {}) | changes
     model = settings.pop("model", {})
-    if profile == "smoke" and attention not in ("dense", "sat"):
+    if profile == "smoke" and attention in BASELINES:
         model = model | {"implementation": "library"}  # the faster one on a CPU
     return {"task": task_name, "attention": attention, "seed": seed, "model": model, "recipe": settings}
 

@@ -211,7 +211,7 @@ def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = ("cifar10", "agnews"
             some = rows[rows["task"] == name].set_index("kind").reindex([kind, "sat, sparse phase"])
             ms, memory = some["median_ms"].astype(float), some["peak_bytes"].astype(float)
             published = PUBLISHED_STEP_MS.get(part["attention"].iloc[0], {}).get(name)
-            told = published is not None and kind != "sat, dense phase" and "D = 2" not in kind
+            told = published is not None and kind != "sat, dense phase" and not part["model"].iloc[0]
             ratio = f"{published / PUBLISHED_STEP_MS['sat'][name]:.2f}" if told else "-"
             line |= {
                 f"{TASK_NAMES[name]} ms": _short(ms.iloc[0]),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import get_attention
-from .baselines import IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
+from .baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
 from .errors import require
 from .layout import BlockLayout
 from .ops import attention_statistics
@@ -67,9 +67,8 @@ class ModelConfig:
             self.sparsity_width in ("head", "embedding"),
             f"sparsity_width: wanted 'head' or 'embedding'; got {self.sparsity_width!r}",
         )
-        several = self.attention in ("longformer", "bigbird", "lsg")
         require(
-            self.implementation in (IMPLEMENTATIONS if several else ("kernel",)),
+            self.implementation in (IMPLEMENTATIONS if self.attention in BASELINES else ("kernel",)),
             f"implementation: wanted one of {list(IMPLEMENTATIONS)}, 'kernel' for dense and sat; got "
             f"{self.implementation!r} for {self.attention!r}",
         )
@@ -79,13 +78,12 @@ class ModelConfig:
         """The baselines' own sizes, which their attention would refuse later."""
         if isinstance(self.dilation, list):
             object.__setattr__(self, "dilation", tuple(self.dilation))
-        dilations = self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * self.layers
         require(
-            len(dilations) == self.layers,
+            len(self.dilations) == self.layers,
             f"dilation: wanted one number, or one for each of {self.layers} layers; got {self.dilation}",
         )
         if self.attention == "longformer":
-            for dilation in dilations:
+            for dilation in self.dilations:
                 check_longformer(self.length, self.window, dilation, self.global_token)
         elif self.attention == "bigbird":
             check_bigbird(self.length, self.block, self.random_blocks)
@@ -96,14 +94,19 @@ class ModelConfig:
         """What the attention function of a layer (from 0) is given beside its inputs."""
         common = {"implementation": self.implementation}
         if self.attention == "longformer":
-            dilation = self.dilation if isinstance(self.dilation, int) else self.dilation[layer]
-            return common | {"window": self.window, "dilation": dilation, "global_token": self.global_token}
+            sizes = {"window": self.window, "dilation": self.dilations[layer]}
+            return common | sizes | {"global_token": self.global_token}
         if self.attention == "bigbird":
             random = {"random_blocks": self.random_blocks, "seed": self.pattern_seed, "layer": layer}
             return common | {"block": self.block} | random
         if self.attention == "lsg":
             return common | {"block": self.block, "factor": self.sparsity_factor}
         return {"pruned": self.pruned} if self.attention == "sat" else {}
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Longformer's dilation layer by layer."""
+        return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,) * self.layers
 
     @property
     def blocks(self) -> int:
@@ -238,14 +241,14 @@ class Encoder(nn.Module):
             f"tokens: wanted (B, {self.config.length}) int64; got {tuple(tokens.shape)} {tokens.dtype}",
         )
         require(
-            not statistics or self.config.attention in ("dense", "sat"),
+            not statistics or self.config.attention not in BASELINES,
             f"statistics: there are those of dense and sat models; this one is {self.config.attention!r}",
         )
         real = tokens != 0  # (B, L)
         mask = real if self.config.masked_attention else None
         x = self.token(tokens) + self.position.weight
         if self.global_token is not None:
-            x = torch.cat([self.global_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([self.global_token.expand(len(x), -1, -1), x], 1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         x = self.dropout(x)
         seen = []

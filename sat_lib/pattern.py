@@ -85,9 +85,9 @@ def window_layout(blocks: int, reach: int, block: int) -> BlockLayout:
     return BlockLayout(_distances(blocks) <= reach, block)
 
 
-def global_window_layout(blocks: int, reach: int, globals_: int, block: int) -> BlockLayout:
-    """Sliding window and global blocks: the first `globals_` block rows and columns are kept whole."""
-    edge = torch.arange(blocks) < globals_
+def global_window_layout(blocks: int, reach: int, global_blocks: int, block: int) -> BlockLayout:
+    """Sliding window and global blocks: the first `global_blocks` block rows and columns are kept whole."""
+    edge = torch.arange(blocks) < global_blocks
     return BlockLayout((_distances(blocks) <= reach) | edge | edge[:, None], block)
 
 

@@ -122,18 +122,12 @@ def _mask_dtype(x: Tensor) -> torch.dtype:
 
 
 def _longformer(config: ModelConfig) -> tuple[list[nn.Module], Masks]:
-    dilations = {config.dilation} if isinstance(config.dilation, int) else set(config.dilation)
     require(
-        dilations == {1},
+        set(config.dilations) == {1},
         f"dilation: transformers' Longformer has none, wanted 1; got {config.dilation}. Take 1, or compare with "
         "implementation='library'",
     )
-    window = config.window
-    require(
-        window >= 2 and window % 2 == 0,
-        f"window: wanted an even number of positions, 2 or more; got {window}. Take the next even number",
-    )
-    _require_multiple(config, "Longformer", "window", window)
+    _require_multiple(config, "Longformer", "window", config.window)
     from transformers import LongformerConfig
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -141,7 +135,7 @@ def _longformer(config: ModelConfig) -> tuple[list[nn.Module], Masks]:
         hidden_size=config.width,
         num_attention_heads=config.heads,
         num_hidden_layers=config.layers,
-        attention_window=[window] * config.layers,
+        attention_window=[config.window] * config.layers,
         attention_probs_dropout_prob=0.0,
     )
     with torch.device("meta"):  # its own parameters are replaced

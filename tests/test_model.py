@@ -174,9 +174,7 @@ def test_bad_settings_are_refused_at_the_border():
         small(attention="linear")
     with pytest.raises(InputError, match="window: 64 leaves none of 33 positions out"):
         small(attention="longformer", length=33)
-    with pytest.raises(
-        InputError, match="BigBird with 3 random blocks wants more than 11 blocks of 16"
-    ):
+    with pytest.raises(InputError, match="BigBird with 3 random blocks wants more than 11 blocks of 16"):
         small(attention="bigbird")
     with pytest.raises(InputError, match="factor: wanted a divisor of the block 16; got 3"):
         small(attention="lsg", sparsity_factor=3)
