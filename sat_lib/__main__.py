@@ -1,4 +1,4 @@
-"""The command line: python -m sat_lib data | train | bench | reproduce."""
+"""The command line: python -m sat_lib data | train | pretrain | bench | reproduce."""
 
 import argparse
 import ast
@@ -26,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
-    commands = parser.add_subparsers(required=True, metavar="data | train | bench | reproduce")
+    commands = parser.add_subparsers(required=True, metavar="data | train | pretrain | bench | reproduce")
     _data_options(commands.add_parser("data", help="list the tasks, prepare a task's token cache"))
     _train_options(commands.add_parser("train", help="train one model, or go on where an earlier run stopped"))
+    _pretrain_options(commands.add_parser("pretrain", help="train the small ViT that data/pretrained ships"))
     _bench_options(commands.add_parser("bench", help="measure an experiment's rows and print them"))
     _reproduce_options(commands.add_parser("reproduce", help="run the notebooks; draw the figures"))
     return parser
@@ -115,6 +116,27 @@ def _settings(pairs: list[str]) -> dict:
         except (ValueError, SyntaxError):
             settings[name] = value
     return settings
+
+
+# ---- pretrain --------------------------------------------------------------------------------------------------------
+
+
+def _pretrain_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of Pretraining: epochs=50")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--folder", type=Path, default=files.ROOT / "data/pretrained/cifar-vit", help="where it goes")
+    parser.set_defaults(run=_pretrain)
+
+
+def _pretrain(options) -> int:
+    from . import pretraining, timing
+
+    settings, device = pretraining.Pretraining(**_settings(options.set)), timing.pick_device(options.device)
+    work = files.ROOT / "runs" / "pretrain" / options.folder.name
+    print(f"{settings} on {timing.device_name(device)}, in {work}")
+    result = pretraining.pretrain(settings, options.folder, work, device)
+    print(f"test accuracy {result['test_accuracy']:.2%}; written to {options.folder}")
+    return 0
 
 
 # ---- bench -----------------------------------------------------------------------------------------------------------
