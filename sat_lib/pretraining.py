@@ -7,6 +7,7 @@ in a patch grid 16 wide.
 """
 
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -203,14 +204,17 @@ def _accuracy(model: nn.Module, split, device: torch.device) -> float:
 
 
 def _write(model: nn.Module, result: dict, folder: Path) -> None:
-    """The model in float16 with its card; each file whole or not at all, model.safetensors last."""
-    from safetensors.torch import save
+    """The model in float16 with its card; each file whole or not at all, model.safetensors last.
 
-    state = {name: value.to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
-    files.write(folder / "config.json", model.config.to_json_string())
+    transformers writes the weights under the names of the hub, which differ from the modules' and between versions.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        model.to("cpu", torch.float16).save_pretrained(temporary)
+        config, weights = (Path(temporary, name).read_bytes() for name in ("config.json", "model.safetensors"))
+    files.write(folder / "config.json", config)
     files.write(folder / "README.md", model_card(result))
     files.write_json(folder / "training.json", result)
-    files.write(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
+    files.write(folder / "model.safetensors", weights)
 
 
 def model_card(result: dict) -> str:
