@@ -49,19 +49,25 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_list(options) -> int:
-    from . import datasets
+    from . import datasets, sentence_pairs
 
     for row in datasets.describe():
         splits = ", ".join(f"{name} {count:,}" for name, count in (row["splits"] or {}).items())
         shape = f"{row['kind']:8} L {row['length']:5} {row['classes']:3} classes"
         print(f"{row['name']:12} {shape}  {row['state']:12} {splits}")
+    row = sentence_pairs.describe()
+    splits = ", ".join(f"{name} {count:,}" for name, count in row["splits"].items())
+    print(f"{row['name']:12} {row['kind']:8} {'':7} {row['classes']:3} classes  {row['state']:12} {splits}")
     return 0
 
 
 def _data_prepare(options) -> int:
-    from . import datasets
+    from . import datasets, sentence_pairs
 
-    folder = datasets.prepare(options.task, source=options.source)
+    if options.task == "mrpc":
+        folder = sentence_pairs.prepare_mrpc(options.source)
+    else:
+        folder = datasets.prepare(options.task, source=options.source)
     print(f"{options.task} is ready in {folder}")
     return 0
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import benchmarks, datasets, files, peers, runs, timing
+from . import benchmarks, datasets, files, finetuning, motivation, peers, runs, sentence_pairs, timing
 from .attention import ATTENTION
 from .baselines import BASELINES, IMPLEMENTATIONS
 from .errors import require
@@ -232,6 +232,90 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
     return datasets.Splits(chosen, split, split, split, "dev")
 
 
+# ---- pretrained models: notebooks 01 and 09 --------------------------------------------------------------------------
+
+PUBLISHED_MODELS = (("google/vit-base-patch16-224-in21k", "image", "cifar10"), ("bert-base-uncased", "text", "mrpc"))
+STAND_INS = (("cifar-vit", "image", "digits"), ("minilm", "text", "mrpc"))
+SMOKE_FINE_TUNING = {
+    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 640},
+    "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 240, "test_examples": 200},
+}
+PAPER_FINE_TUNING = {
+    "cifar-vit": {"epochs": 5, "batch": 32, "rate": 5e-4},
+    "minilm": {"epochs": 4, "batch": 32, "rate": 1e-4},
+    "google/vit-base-patch16-224-in21k": {"epochs": 3, "batch": 64, "rate": 1e-4},
+    "bert-base-uncased": {"epochs": 3, "batch": 32, "rate": 3e-5},
+}
+
+
+def _models(profile: str) -> list[tuple[str, str, str]]:
+    """Model, kind, data: at the smoke profile the stand-ins, on MRPC if it is there; at the paper profile all."""
+    if profile == "paper":
+        return [*PUBLISHED_MODELS, *STAND_INS]
+    return [
+        (model, kind, sentence_pairs.default_pairs() if kind == "text" else data) for model, kind, data in STAND_INS
+    ]
+
+
+def _fine_tuning_case(model: str, kind: str, data: str, profile: str, **more) -> dict:
+    settings = SMOKE_FINE_TUNING[kind] if profile == "smoke" else PAPER_FINE_TUNING[model] | {"precision": "bf16"}
+    return {"model": model, "kind": kind, "data": data, **settings, **more}
+
+
+def motivation_cases(profile: str) -> list[dict]:
+    """Part of an epoch of dense fine-tuning of each model, at the paper profile a whole one, in float32."""
+    smoke = profile == "smoke"
+    more = {"train_examples": 160} if smoke else {"epochs": 1, "precision": "fp32"}
+    examples = {"examples": 16 if smoke else 64}
+    return [_fine_tuning_case(*model, profile, **more, **examples) for model in _models(profile)]
+
+
+def look_at_maps(case: dict, context: Context) -> dict:
+    """See `motivation.look_at_maps`."""
+    settings = {name: value for name, value in case.items() if name != "examples"}
+    return motivation.look_at_maps(finetuning.FineTuning(**settings), case["examples"], context.device)
+
+
+def finetuning_cases(profile: str) -> list[dict]:
+    """Every model dense, and with SAT by pattern and density; at the paper profile three seeds and both rules."""
+    smoke = profile == "smoke"
+    variants = [("learned", "zero", density) for density in ((0.5, 0.25) if smoke else (0.5, 0.25, 0.125))]
+    variants += [("pooled", "zero", density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
+    variants += [] if smoke else [("learned", "drop", 0.25), ("pooled", "drop", 0.25)]
+    cases = []
+    for seed in range(1 if smoke else 3):
+        for model in _models(profile):
+            base = _fine_tuning_case(*model, profile, seed=seed)
+            cases.append(base | {"attention": "dense"})
+            for pattern, pruned, density in variants:
+                sat = {"attention": "sat", "pattern": pattern, "pruned": pruned, "density": density}
+                cases.append(base | sat | {"switch_share": 0.25})
+    return cases
+
+
+def fine_tune(case: dict, context: Context) -> dict:
+    """See `finetuning.fine_tune`."""
+    return finetuning.fine_tune(finetuning.FineTuning(**case), context.device)
+
+
+def pretrained_step_cases(profile: str) -> list[dict]:
+    """A step of BERT base and ViT base at their usual lengths, by attention; two layers at the smoke profile."""
+    smoke = profile == "smoke"
+    shapes = (
+        [("bert-base", 128, 16)] if smoke else [("bert-base", 128, 16), ("bert-base", 512, 32), ("vit-base", 197, 16)]
+    )
+    kinds = [(name, None) for name in finetuning.STEP_ATTENTIONS[:-1]]
+    kinds += [(finetuning.STEP_ATTENTIONS[-1], density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
+    sizes = (
+        {"batch": 4, "layers": 2, "precision": "fp32"} if smoke else {"batch": 64, "layers": 12, "precision": "bf16"}
+    )
+    return [
+        {"architecture": architecture, "length": length, "block": block, "attention": name, "density": density, **sizes}
+        for architecture, length, block in shapes
+        for name, density in kinds
+    ]
+
+
 # ---- cases to rows ---------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +328,9 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "accuracy": (accuracy_cases, train),
     "ablations": (ablation_cases, train),
     "step": (step_cases, step_time),
+    "motivation": (motivation_cases, look_at_maps),
+    "finetuning": (finetuning_cases, fine_tune),
+    "pretrained_step": (pretrained_step_cases, _on_device(finetuning.pretrained_step)),
     "kernels": (benchmarks.kernel_cases, _on_device(benchmarks.kernel_time)),
     "attention": (benchmarks.attention_cases, _on_device(benchmarks.attention_time)),
 }

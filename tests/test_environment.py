@@ -17,6 +17,7 @@ PEERS = PROJECT["optional-dependencies"]["peers"]
 # Import names that differ from the distribution's, or come with another one that cannot do without them.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "IPython": "jupyterlab"}
 DISTRIBUTIONS |= dict.fromkeys(("traitlets", "yaml"), "papermill")
+DISTRIBUTIONS |= dict.fromkeys(("huggingface_hub", "safetensors", "tokenizers"), "transformers")
 
 
 def names(requirements: list[str]) -> set[str]:
