@@ -13,7 +13,7 @@ READY = $(shell cksum < pyproject.toml) in $(CURDIR)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 OUTPUT_KEYS := metadata.papermill cell.metadata.papermill metadata.widgets metadata.language_info.version
 
-.PHONY: help setup install reproduce figures test gputest lint lab clean
+.PHONY: help setup install reproduce figures test browsertest gputest lint lab clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -50,6 +50,10 @@ figures: setup  ## redraw figures/paper from the committed rows, no GPU needed
 
 test: setup  ## run the tests
 	@$(VENV) -m pytest
+
+browsertest: setup  ## click the explorer in a real JupyterLab; needs Chromium, installs playwright into .venv
+	@$(VENV) -m pip install -qq -e ".[browser]"
+	@$(VENV) -m pytest tests/test_lab.py
 
 gputest: setup  ## run the GPU tests, and every kernel under compute-sanitizer; appends to data/results/gpu_tests.jsonl
 	@$(VENV) tests/gpu_summary.py

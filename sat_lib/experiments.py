@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import benchmarks, datasets, files, finetuning, motivation, peers, runs, sentence_pairs, timing
+from . import benchmarks, comparison, datasets, files, finetuning, motivation, peers, runs, sentence_pairs, timing
 from .attention import ATTENTION
 from .baselines import BASELINES, IMPLEMENTATIONS
 from .errors import require
@@ -48,6 +48,7 @@ class Context:
 # ---- training: notebooks 02, 03 and 06 -------------------------------------------------------------------------------
 
 SMOKE_RUN = {
+    "digits": {"steps": 400, "warm_up": 40, "eval_every": 100, "batch": 4, "rate": 0.006, "switch_at": 100},
     "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 16, "rate": 0.006},
     "docstrings": {"model": {"layers": 1}, "steps": 300, "warm_up": 30, "eval_every": 100, "batch": 8, "rate": 0.004},
 }
@@ -237,8 +238,8 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
 PUBLISHED_MODELS = (("google/vit-base-patch16-224-in21k", "image", "cifar10"), ("bert-base-uncased", "text", "mrpc"))
 STAND_INS = (("cifar-vit", "image", "digits"), ("minilm", "text", "mrpc"))
 SMOKE_FINE_TUNING = {
-    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 640},
-    "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 240, "test_examples": 200},
+    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 480},
+    "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 120, "test_examples": 100},
 }
 PAPER_FINE_TUNING = {
     "cifar-vit": {"epochs": 5, "batch": 32, "rate": 5e-4},
@@ -301,19 +302,49 @@ def fine_tune(case: dict, context: Context) -> dict:
 def pretrained_step_cases(profile: str) -> list[dict]:
     """A step of BERT base and ViT base at their usual lengths, by attention; two layers at the smoke profile."""
     smoke = profile == "smoke"
-    shapes = (
-        [("bert-base", 128, 16)] if smoke else [("bert-base", 128, 16), ("bert-base", 512, 32), ("vit-base", 197, 16)]
-    )
+    shapes = [("bert-base", 128, 16)] + ([] if smoke else [("bert-base", 512, 32), ("vit-base", 197, 16)])
     kinds = [(name, None) for name in finetuning.STEP_ATTENTIONS[:-1]]
     kinds += [(finetuning.STEP_ATTENTIONS[-1], density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
-    sizes = (
-        {"batch": 4, "layers": 2, "precision": "fp32"} if smoke else {"batch": 64, "layers": 12, "precision": "bf16"}
-    )
+    sizes = {"batch": 4, "layers": 2} if smoke else {"batch": 64, "layers": 12}
+    sizes["precision"] = "fp32" if smoke else "bf16"
     return [
         {"architecture": architecture, "length": length, "block": block, "attention": name, "density": density, **sizes}
         for architecture, length, block in shapes
         for name, density in kinds
     ]
+
+
+# ---- what patterns keep of a map: notebook 08 ------------------------------------------------------------------------
+
+
+def pattern_cases(profile: str) -> list[dict]:
+    """One SAT run with snapshots over its phases, and how its maps are compared.
+
+    At the smoke profile it is made to switch after a quarter; at the paper profile it is the published recipe in 2,000
+    steps instead of 10,000: the maps settle early.
+    """
+    smoke = profile == "smoke"
+    steps = [0, 50, 100, 200, 400] if smoke else [0, 50, 100, 200, 500, 1_000, 2_000]
+    compared = {"snapshots": steps, "examples": 8 if smoke else 16, "densities": [0.02, 0.05, 0.1, 0.25, 1.0]}
+    changes = {} if smoke else {"steps": steps[-1]}
+    return [_run_case("digits" if smoke else "cifar10", "sat", 0, profile, **changes) | compared]
+
+
+def patterns(case: dict, context: Context) -> dict:
+    """Train the run, or read it, and compare what patterns keep of its maps; see `comparison.compare_snapshots`."""
+    config, steps = case_config(case), tuple(case["snapshots"])
+    data = datasets.load(config.recipe.task, protocol=config.recipe.protocol)
+    folder = context.training_folder / config.name
+    result = runs.fit(config, data, folder, context.device, snapshots=steps)
+    tokens, _ = to_device(data.test, np.arange(case["examples"]), context.device)
+    return {
+        **{name: result[name] for name in ("test_accuracy", "transition_step", "seconds")},
+        **datasets.provenance(config.recipe.task),
+        "test_examples": result["best"][result["phase"]]["test_examples"],
+        "folder": str(folder.relative_to(context.root)),
+        "density": config.recipe.density,
+        **comparison.compare_snapshots(folder, steps, tokens, tuple(case["densities"])),
+    }
 
 
 # ---- cases to rows ---------------------------------------------------------------------------------------------------
@@ -328,6 +359,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "accuracy": (accuracy_cases, train),
     "ablations": (ablation_cases, train),
     "step": (step_cases, step_time),
+    "patterns": (pattern_cases, patterns),
     "motivation": (motivation_cases, look_at_maps),
     "finetuning": (finetuning_cases, fine_tune),
     "pretrained_step": (pretrained_step_cases, _on_device(finetuning.pretrained_step)),

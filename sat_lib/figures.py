@@ -435,18 +435,6 @@ def _short(value: float) -> str:
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
-# stage -> experiment whose rows it draws, which of them (None: all), and how
-FIGURES = {
-    "02_training": ("training", None, training),
-    "03_accuracy": ("accuracy", None, accuracy),
-    "04_step_time": ("step", None, step_time),
-    "05_time_breakdown": ("kernels", {"sweep": "operations"}, time_breakdown),
-    "06_ablations": ("ablations", None, ablations),
-    "07_scaling": ("kernels", {"sweep": "length"}, scaling),
-}
-TABLES = {"accuracy": accuracy_table, "step": step_table}  # of experiments whose stage also has a table
-
-
 def save(
     stage: str, profile: str, figure: Figure, drawn: pd.DataFrame, rows: pd.DataFrame, root: Path = files.ROOT
 ) -> list[Path]:

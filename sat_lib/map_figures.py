@@ -39,16 +39,19 @@ def motivation(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     chosen = rows.drop_duplicates("kind").sort_values("kind")  # image, then text
     figure, axes = new(PAGE, 4.1, 2, 4)
-    for place, (_, row) in enumerate(chosen.iterrows()):
-        _map_and_blocks(axes[0, 2 * place : 2 * place + 2], row)
-    for axis in axes[0, 2 * len(chosen) :]:
-        axis.remove()
     lines = metrics(chosen)
     by_layer = lines.groupby(["kind", "moment", "layer"], sort=False).mean(numeric_only=True).reset_index()
-    for place, kind in enumerate(chosen["kind"]):
-        _by_layer(axes[1, 2 * place], by_layer[by_layer["kind"] == kind], kind)
-    _profile(axes[1, 1], chosen)
-    _text_shares(axes[1, 3], by_layer[by_layer["kind"] == "text"])
+    for place, (_, row) in enumerate(chosen.iterrows()):
+        columns = slice(2 * place, 2 * place + 2)
+        part = by_layer[by_layer["kind"] == row["kind"]]
+        _map_and_blocks(axes[0, columns], row)
+        _by_layer(axes[1, 2 * place], part, row["kind"])
+        if row["kind"] == "image":
+            _profile(axes[1, 2 * place + 1], row)
+        else:
+            _text_shares(axes[1, 2 * place + 1], part)
+    for axis in axes[:, 2 * len(chosen) :].flat:
+        axis.remove()
     handles = axes[1, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
     return figure, lines
@@ -87,13 +90,8 @@ def _by_layer(axis: Axes, part: pd.DataFrame, kind: str) -> None:
     sns.despine(ax=axis)
 
 
-def _profile(axis: Axes, rows: pd.DataFrame) -> None:
+def _profile(axis: Axes, row: pd.Series) -> None:
     """Mean entry by distance between two patches, over all layers; ticks at the rows of the grid."""
-    images = rows[rows["kind"] == "image"]
-    if not len(images):
-        axis.remove()
-        return
-    row = images.iloc[0]
     profiles = pd.DataFrame(row["profiles"])
     for moment, look in MOMENTS.items():
         some = np.array(profiles[profiles["moment"] == moment]["profile"].tolist())
@@ -105,10 +103,7 @@ def _profile(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def _text_shares(axis: Axes, part: pd.DataFrame) -> None:
-    """What padding has to do with it: small entries among real tokens alone, and the padding itself."""
-    if not len(part):
-        axis.remove()
-        return
+    """Padding left out: small entries among real tokens alone, and the mass on the diagonal."""
     for moment, look in MOMENTS.items():
         some = part[part["moment"] == moment]
         axis.plot(some["layer"] + 1, some["small_share_real"], marker="o", markersize=2.5, **look)

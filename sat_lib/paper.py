@@ -5,8 +5,29 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, files
+from . import experiments, figures, files, map_figures, pattern_figures
 from .errors import require
+
+# stage -> experiment whose rows it draws, which of them (None: all), and how
+FIGURES = {
+    "01_motivation": ("motivation", None, map_figures.motivation),
+    "02_training": ("training", None, figures.training),
+    "03_accuracy": ("accuracy", None, figures.accuracy),
+    "04_step_time": ("step", None, figures.step_time),
+    "05_time_breakdown": ("kernels", {"sweep": "operations"}, figures.time_breakdown),
+    "06_ablations": ("ablations", None, figures.ablations),
+    "07_scaling": ("kernels", {"sweep": "length"}, figures.scaling),
+    "08_explore": ("patterns", None, pattern_figures.patterns),
+    "09_finetuning": ("finetuning", None, map_figures.finetuning),
+}
+# name -> experiment whose rows it sums up, and how
+TABLES = {
+    "01_motivation_table": ("motivation", map_figures.motivation_table),
+    "03_accuracy_table": ("accuracy", figures.accuracy_table),
+    "04_step_time_table": ("step", figures.step_table),
+    "09_finetuning_table": ("finetuning", map_figures.finetuning_table),
+    "09_finetuning_steps": ("pretrained_step", map_figures.pretrained_step_table),
+}
 
 DOCUMENTS = ("README.md", "REPRODUCE.md")
 QUOTED = re.compile(r"(<!-- (figures/paper/[\w.]+\.md) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -17,7 +38,7 @@ def draw_committed(root: Path = files.ROOT) -> int:
 
     Also renews the tables quoted in README.md and REPRODUCE.md. Returns the exit status, 0.
     """
-    for stage, (experiment, only, draw) in figures.FIGURES.items():
+    for stage, (experiment, only, draw) in FIGURES.items():
         rows = experiments.rows(experiment, "paper", measure=False, only=only, root=root)
         missing = rows.attrs["missing"]
         if not len(rows):
@@ -25,10 +46,12 @@ def draw_committed(root: Path = files.ROOT) -> int:
             continue
         figure, drawn = draw(rows)
         figures.save(stage, "paper", figure, drawn, rows, root)
-        if experiment in figures.TABLES:
-            figures.save_table(f"{stage}_table", "paper", figures.TABLES[experiment](rows), root)
         absent = f", {missing} cases without a row yet" if missing else ""
         print(f"{stage:18} {len(rows)} rows from {rows['device'][0]}{absent}")
+    for name, (experiment, make) in TABLES.items():
+        rows = experiments.rows(experiment, "paper", measure=False, root=root)
+        if len(rows):
+            figures.save_table(name, "paper", make(rows), root)
     _draw_kernel_table(root)
     smoke = files.read_rows(root / "data/results/smoke.jsonl")
     if smoke:

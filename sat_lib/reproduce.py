@@ -28,12 +28,21 @@ PROFILES = ("smoke", "paper")
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # names that files.atomic_path gives
 
 
-def _figure(name: str, look: str, minutes: float, *tables: str, experiment: str | None = None) -> Stage:
+def _figure(name: str, look: str, minutes: float, *tables: str, experiments: tuple[str, ...] = ()) -> Stage:
     figure = tuple(f"{name}.{kind}" for kind in ("pdf", "png", "csv", "json"))
-    return Stage(name, figure + tables, look, minutes, rows=(f"data/results/{experiment or name[3:]}.jsonl",))
+    rows = tuple(f"data/results/{experiment}.jsonl" for experiment in experiments or (name[3:],))
+    return Stage(name, figure + tables, look, minutes, rows=rows)
 
 
 STAGES = (
+    _figure(
+        "01_motivation",
+        "Attention maps of a ViT and a BERT while they are fine-tuned: diagonals at the stride of the patch grid, a "
+        "thick diagonal in text, many entries near 0; none of it in the untrained models.",
+        1,
+        "01_motivation_table.csv",
+        "01_motivation_table.md",
+    ),
     _figure(
         "02_training",
         "At the transition the skewness of every layer is above theta and the change of its distance below delta; "
@@ -54,14 +63,14 @@ STAGES = (
         1,
         "04_step_time_table.csv",
         "04_step_time_table.md",
-        experiment="step",
+        experiments=("step",),
     ),
     _figure(
         "05_time_breakdown",
         "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, "
         "SpMM 2.3).",
         1,
-        experiment="kernels",
+        experiments=("kernels",),
     ),
     _figure(
         "06_ablations",
@@ -74,7 +83,25 @@ STAGES = (
         "Time and peak memory over sequence length and density: dense attention grows with the square of the length, "
         "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less).",
         1,
-        experiment="kernels",
+        experiments=("kernels",),
+    ),
+    _figure(
+        "08_explore",
+        "Mass of single attention maps that each pattern keeps: the best blocks hold several times their share, the "
+        "learned ones about as much as random ones. The notebook also has the interactive explorer.",
+        1,
+        experiments=("patterns",),
+    ),
+    _figure(
+        "09_finetuning",
+        "Test accuracy of pretrained models fine-tuned dense and with SAT, by density, and the time of a step "
+        "(published: SAT also serves for fine-tuning; no numbers).",
+        3,
+        "09_finetuning_table.csv",
+        "09_finetuning_table.md",
+        "09_finetuning_steps.csv",
+        "09_finetuning_steps.md",
+        experiments=("finetuning", "pretrained_step"),
     ),
 )
 

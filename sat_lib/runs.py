@@ -2,6 +2,7 @@
 
     config.json      the configuration          metrics.jsonl   a line per step or evaluation
     last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
+    step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same
     result.json      written last: the run is finished
 """
 
@@ -10,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,36 +41,61 @@ def fit(
     *,
     progress: bool = True,
     stop_at: int | None = None,
+    snapshots: tuple[int, ...] = (),
 ) -> dict | None:
     """Train to the end, or go on where an earlier process stopped; a finished run is read, not repeated.
 
     Args:
-        folder: the run's own folder, made if need be. stop_at: save and return None at this step.
+        folder: the run's own folder, made if need be. stop_at: save and return None at this step. snapshots: keep the
+            model as it is after so many steps (0: before the first) in files of their own, see `snapshot_path`.
 
     Returns:
         The content of result.json.
 
     Raises:
-        InputError: the folder holds another configuration, or another process trains in it.
+        InputError: the folder holds another configuration, another process trains in it, or a snapshot is wanted of a
+            step that the run doesn't have or went past without it.
         NonFiniteLoss: see there; the last checkpoint is from before.
         OSError: a checkpoint could not be written; the one before is whole.
     """
     folder = Path(folder)
+    beyond = [step for step in snapshots if not 0 <= step <= config.recipe.steps]
+    require(not beyond, f"snapshots: wanted steps from 0 to {config.recipe.steps}; got {beyond}")
     with files.lock(folder / "lock", f"training in {folder}"):
         if (folder / "config.json").exists():
             check_same_config(json.loads((folder / "config.json").read_text()), config)
         else:
             files.write_json(folder / "config.json", config.as_dict())
         if (folder / "result.json").exists():
+            _check_snapshots(folder, snapshots)
             return json.loads((folder / "result.json").read_text())
         run = _Run(config, data, folder, device)
+        _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
         with tqdm(**run.bar_settings(progress)) as bar:
             while run.trainer.step < config.recipe.steps:
+                if run.trainer.step in snapshots:
+                    run.save_model(snapshot_path(folder, run.trainer.step))
                 if run.trainer.step == stop_at:
                     run.save(bar)
                     return None
                 run.advance(bar)
+        if config.recipe.steps in snapshots:
+            run.save_model(snapshot_path(folder, config.recipe.steps))
         return run.finish()
+
+
+def snapshot_path(folder: Path, step: int) -> Path:
+    """Where the snapshot of a step lies in a run's folder."""
+    return Path(folder) / f"step-{step:06}.pt"
+
+
+def _check_snapshots(folder: Path, steps: Iterable[int]) -> None:
+    missing = [step for step in steps if not snapshot_path(folder, step).exists()]
+    require(
+        not missing,
+        f"snapshots: the run in {folder} went past the steps {missing} without keeping them. Leave them out, or delete "
+        "that folder to train again",
+    )
 
 
 class _Run:
@@ -144,9 +171,12 @@ class _Run:
             file.write(json.dumps(record) + "\n")
         if score.accuracy > self.best.get(trainer.phase, {"dev_accuracy": -1})["dev_accuracy"]:
             self.best[trainer.phase] = {"step": trainer.step, "dev_accuracy": score.accuracy}
-            state = trainer.state_dict()
-            kept = {name: state[name] for name in ("config", "step", "model", "grids")}
-            save_checkpoint(self.folder / f"best-{trainer.phase}.pt", kept)
+            self.save_model(self.folder / f"best-{trainer.phase}.pt")
+
+    def save_model(self, path: Path) -> None:
+        """What `load_model` needs, and the step."""
+        state = self.trainer.state_dict()
+        save_checkpoint(path, {name: state[name] for name in ("config", "step", "model", "grids")})
 
     def save(self, bar: tqdm) -> None:
         self.flush(bar)
@@ -215,7 +245,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict:
 
 
 def load_model(path: Path, device: torch.device) -> Encoder:
-    """The model of a best-*.pt, in the phase it was saved in: dense without layouts, sparse under its own."""
+    """The model of a best-*.pt or step-*.pt, in the phase it was saved in: dense, or sparse under its own layouts."""
     state = load_checkpoint(path, device)
     config = config_from_dict(state["config"]).model
     model = Encoder(config).to(device)

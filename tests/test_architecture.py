@@ -18,7 +18,7 @@ LEVELS = {
     "train": 8,
     **dict.fromkeys(("runs", "peers", "finetuning"), 9),
     **dict.fromkeys(("benchmarks", "comparison", "motivation", "pretraining", "figures", "stages", "notebook_run"), 10),
-    **dict.fromkeys(("experiments", "map_figures"), 11),
+    **dict.fromkeys(("experiments", "map_figures", "pattern_figures"), 11),
     **dict.fromkeys(("reproduce", "explore", "paper", "__init__"), 12),
     "__main__": 13,
 }

@@ -13,7 +13,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINNED = PROJECT["optional-dependencies"]["pinned"]
-PEERS = PROJECT["optional-dependencies"]["peers"]
+PRETRAINED = PROJECT["optional-dependencies"]["pretrained"]
+BROWSER = PROJECT["optional-dependencies"]["browser"]
 # Import names that differ from the distribution's, or come with another one that cannot do without them.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "IPython": "jupyterlab"}
 DISTRIBUTIONS |= dict.fromkeys(("traitlets", "yaml"), "papermill")
@@ -33,8 +34,8 @@ def test_conda_environment_repeats_the_pins():
 
 
 def test_every_dependency_is_pinned_and_torch_to_the_version_that_was_measured():
-    assert all(re.fullmatch(r"[\w.-]+==[\d.]+", requirement) for requirement in PINNED)
-    assert names(PROJECT["dependencies"]) | names(PEERS) <= names(PINNED)
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+", requirement) for requirement in [*PINNED, *BROWSER])
+    assert names(PROJECT["dependencies"]) | names(PRETRAINED) <= names(PINNED)
     assert "torch==2.13.0" in PINNED
 
 
@@ -72,6 +73,7 @@ def sources(folder: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("folder", ["sat_lib", "notebooks", "tests"])
 def test_imports_are_declared(folder):
-    declared = names(PROJECT["dependencies"]) | names({"tests": PINNED, "sat_lib": PEERS}.get(folder, []))
+    more = {"tests": [*PINNED, *BROWSER], "sat_lib": PRETRAINED}.get(folder, [])
+    declared = names(PROJECT["dependencies"]) | names(more)
     undeclared = {name: third_party(text) - declared for name, text in sources(folder).items()}
     assert not {name: missing for name, missing in undeclared.items() if missing}

@@ -191,3 +191,40 @@ def test_progress_shows_phase_loss_skewness_and_distance(tmp_path, capfd):
         assert word in shown
     text = runs._bar_text({"phase": "dense", "loss": 1.0, "skewness": [2.0, 3.0], "distance": [0.1, None]})
     assert text == {"phase": "dense", "loss": "1.000", "skewness": "2.00", "distance": "0.100"}
+
+
+def test_snapshots_hold_the_model_of_their_step_and_phase(tmp_path):
+    run(tmp_path, snapshots=(0, 4, 5, 12))
+    kept = {step: load_checkpoint(runs.snapshot_path(tmp_path, step), CPU) for step in (0, 4, 5, 12)}
+    assert {path.name for path in tmp_path.glob("step-*.pt")} == {f"step-{step:06}.pt" for step in kept}
+    assert [state["step"] for state in kept.values()] == [0, 4, 5, 12]
+    assert [state["grids"] is None for state in kept.values()] == [True, True, False, False]
+    fresh = runs.Trainer(tiny_config(), tiny_splits(), CPU).model.state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in kept[0]["model"].items())
+    last = load_checkpoint(tmp_path / "last.pt", CPU)["trainer"]["model"]
+    assert all(torch.equal(value, last[name]) for name, value in kept[12]["model"].items())
+    assert load_model(runs.snapshot_path(tmp_path, 12), CPU).layouts is not None
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6])
+def test_snapshots_of_an_interrupted_run_equal_those_of_a_whole_one(stop, tmp_path):
+    steps = (0, 3, 4, 5, 6, 12)
+    whole = run(tmp_path / "whole", snapshots=steps)
+    run(tmp_path / "halves", snapshots=steps, stop_at=stop)
+    assert comparable(run(tmp_path / "halves", snapshots=steps)) == comparable(whole)
+    for step in steps:
+        a, b = (load_checkpoint(runs.snapshot_path(tmp_path / f, step), CPU) for f in ("whole", "halves"))
+        assert a["step"] == b["step"]
+        assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_snapshots_that_a_run_cannot_have_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"snapshots: wanted steps from 0 to 12; got \[13\]"):
+        run(tmp_path, snapshots=(0, 13))
+    run(tmp_path, stop_at=5)
+    with pytest.raises(InputError, match=r"went past the steps \[2\] without"):
+        run(tmp_path, snapshots=(2, 7))
+    run(tmp_path, snapshots=(7,))
+    assert run(tmp_path, snapshots=(7,)) == run(tmp_path)
+    with pytest.raises(InputError, match=r"went past the steps \[2\] without"):
+        run(tmp_path, snapshots=(2, 7))
