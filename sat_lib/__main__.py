@@ -149,7 +149,7 @@ def _pretrain(options) -> int:
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="attention, kernels, step, training, ...")
+    parser.add_argument("experiment", help="attention, kernels, step, training, motivation, finetuning, ...")
     parser.add_argument("--profile", default="smoke", help="smoke (default) or paper; paper rows go to data/results")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="cases with these values alone")

@@ -139,7 +139,7 @@ LINES = {"learned": PALETTE["sat"], "pooled": PALETTE["bigbird"]}
 
 
 def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Test accuracy against density, a panel per model and data: each seed a dot, means joined; dense as a band."""
+    """Test accuracy against density, a panel per model and data: each seed a mark, means joined; dense as a band."""
     names = ["model", "data", "attention", "pattern", "pruned", "density", "seed", "test_accuracy", "step_ms"]
     drawn = rows[[*names, "steps", "transition_step"]].copy()
     drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
@@ -152,11 +152,13 @@ def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             axis.axhline(dense.mean(), color=PALETTE["dense"], label="dense, all seeds", linewidth=1)
         sat = part[part["attention"] == "sat"]
         for (pattern, pruned), some in sat.groupby(["pattern", "pruned"], sort=False):
-            look = {"color": LINES[pattern], "marker": "o" if pruned == "zero" else "^"}
-            axis.plot(some["density"], some["accuracy_percent"], linestyle="", markersize=3, alpha=0.7, **look)
+            colour, mark = LINES[pattern], {"zero": "o", "drop": "^"}[pruned]
+            label = f"{pattern}, pruned {pruned}"
+            axis.plot(
+                some["density"], some["accuracy_percent"], mark, markersize=3, alpha=0.7, color=colour, label=label
+            )
             mean = some.groupby("density")["accuracy_percent"].mean()
-            axis.plot(mean.index, mean, linewidth=0.9, markersize=0, label=f"{pattern}, pruned {pruned}",
-                      linestyle="-" if pruned == "zero" else ":", **look)  # fmt: skip
+            axis.plot(mean.index, mean, linewidth=0.9, color=colour)
         axis.set(xscale="log", xlabel="density", title=f"{MODEL_NAMES.get(model, model)} on {DATA_NAMES[data]}")
         densities = sorted(set(sat["density"]))
         axis.set_xticks(densities, [f"{density:g}" for density in densities], minor=False)

@@ -89,7 +89,9 @@ def test_finetuning():
     figure, drawn = map_figures.finetuning(finetuning_rows())
     (axis,) = figure.axes
     assert len(drawn) == 10 and axis.get_title() == "MiniLM on MRPC"
-    means = next(line for line in axis.lines if line.get_label() == "learned, pruned zero")
+    place = next(place for place, line in enumerate(axis.lines) if line.get_label() == "learned, pruned zero")
+    seeds, means = axis.lines[place : place + 2]
+    np.testing.assert_allclose(seeds.get_ydata(), [72.5, 73.5, 75.0, 76.0])
     np.testing.assert_allclose(means.get_ydata(), [73.0, 75.5])
 
 

@@ -1,5 +1,8 @@
 """SAT in encoders of transformers: equal to eager attention at full density, padding honoured, three phases."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,3 +337,10 @@ def test_load_model_refuses():
         load_model("minilm", "sound", classes=2)
     with pytest.raises(InputError, match="classes: wanted 2 or more; got 1"):
         load_model("minilm", "text", classes=1)
+
+
+def test_the_example_in_the_readme(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "SparseAttention" in code]
+    exec(example, {})
+    assert capsys.readouterr().out == "sparse after step 2: 32 of 64 blocks in each layer\n"
