@@ -18,6 +18,7 @@ from . import benchmarks, comparison, datasets, files, finetuning, motivation, p
 from .attention import ATTENTION
 from .baselines import BASELINES, IMPLEMENTATIONS
 from .errors import require
+from .pretrained import PATTERNS
 from .recipes import PAPER_TASKS, RunConfig, run_config
 from .tasks import task
 from .train import Trainer, to_device
@@ -238,7 +239,7 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
 PUBLISHED_MODELS = (("google/vit-base-patch16-224-in21k", "image", "cifar10"), ("bert-base-uncased", "text", "mrpc"))
 STAND_INS = (("cifar-vit", "image", "digits"), ("minilm", "text", "mrpc"))
 SMOKE_FINE_TUNING = {
-    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 480},
+    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 320},
     "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 120, "test_examples": 100},
 }
 PAPER_FINE_TUNING = {
@@ -280,9 +281,9 @@ def look_at_maps(case: dict, context: Context) -> dict:
 def finetuning_cases(profile: str) -> list[dict]:
     """Every model dense, and with SAT by pattern and density; at the paper profile three seeds and both rules."""
     smoke = profile == "smoke"
-    variants = [("learned", "zero", density) for density in ((0.5, 0.25) if smoke else (0.5, 0.25, 0.125))]
-    variants += [("pooled", "zero", density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
-    variants += [] if smoke else [("learned", "drop", 0.25), ("pooled", "drop", 0.25)]
+    densities = (0.25,) if smoke else (0.5, 0.25, 0.125)
+    variants = [(pattern, "zero", density) for pattern in PATTERNS for density in densities]
+    variants += [] if smoke else [(pattern, "drop", 0.25) for pattern in PATTERNS]
     cases = []
     for seed in range(1 if smoke else 3):
         for model in _models(profile):

@@ -8,6 +8,7 @@ writes figures/smoke/04_step_time.pdf, .png, .csv (what is drawn) and .json (whe
 
 import json
 import os
+import sys
 import textwrap
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def style() -> None:
     sns.set_theme("paper", "ticks", palette="colorblind")
     mpl.rcParams.update({"pdf.fonttype": 42, "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7.5})
     mpl.rcParams.update({"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "savefig.dpi": 200})
+    _show_in_notebooks()
+
+
+def _show_in_notebooks() -> None:
+    """Let a notebook display figures as pictures, which otherwise only pyplot asks it to do."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(shell, {"png"}, bbox_inches=None)
 
 
 def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings) -> tuple[Figure, np.ndarray]:

@@ -62,14 +62,17 @@ def load_model(name: str, kind: str, classes: int, *, pretrained: bool = True) -
             setattr(config, dropout, 0.0)
     if not pretrained:
         return factory.from_config(config, dtype=torch.float32)
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # that the head is new is wanted
+    logging.disable_progress_bar()
     try:
         return factory.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True
         )
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str):

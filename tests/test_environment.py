@@ -17,7 +17,7 @@ PRETRAINED = PROJECT["optional-dependencies"]["pretrained"]
 BROWSER = PROJECT["optional-dependencies"]["browser"]
 # Import names that differ from the distribution's, or come with another one that cannot do without them.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "IPython": "jupyterlab"}
-DISTRIBUTIONS |= dict.fromkeys(("traitlets", "yaml"), "papermill")
+DISTRIBUTIONS |= dict.fromkeys(("nbformat", "traitlets", "yaml"), "papermill")
 DISTRIBUTIONS |= dict.fromkeys(("huggingface_hub", "safetensors", "tokenizers"), "transformers")
 
 

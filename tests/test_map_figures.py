@@ -1,5 +1,8 @@
 """Figures and tables of pretrained models, from rows of known content."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -115,3 +118,16 @@ def test_pretrained_step_table():
     table = map_figures.pretrained_step_table(rows)
     assert table["time / sdpa"].tolist() == ["1.00", "2.00", "0.50"]
     assert table["density"].tolist() == ["-", "-", "0.25"] and set(table["peak GiB"]) == {"1"}
+
+
+def test_notebooks_show_figures_as_pictures():
+    """In a shell of its own: IPython's instance is one for the whole process."""
+    code = """
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+from sat_lib import figures
+figure, _ = figures.new(2, 1)
+data, _ = shell.display_formatter.format(figure)
+assert data["image/png"], data.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
