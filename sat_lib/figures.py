@@ -446,6 +446,7 @@ def _short(value: float) -> str:
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
+
 def save(
     stage: str, profile: str, figure: Figure, drawn: pd.DataFrame, rows: pd.DataFrame, root: Path = files.ROOT
 ) -> list[Path]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import datasets, timing
 from .errors import require
 from .pattern import random_layout
-from .pretrained import SparseAttention, attention_maps, load_model, load_tokenizer
+from .pretrained import SparseAttention, attention_maps, load_model, load_tokenizer, pixels
 from .sentence_pairs import Pairs, load_pairs
 from .tasks import task
 from .train import batch_indices
@@ -90,12 +90,8 @@ class Images(NamedTuple):
 
     def batch(self, indices: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         tokens, labels = self.split.batch(indices)
-        tokens = torch.as_tensor(tokens).to(device)
-        own = math.isqrt(tokens.shape[1])
-        pixels = (tokens.float() / 127.5 - 1).reshape(-1, 1, own, own)
-        if own != self.side:
-            pixels = F.interpolate(pixels, size=self.side, mode="bilinear", antialias=True)
-        return {"pixel_values": pixels.expand(-1, self.channels, -1, -1)}, torch.as_tensor(labels).to(device).long()
+        images = pixels(torch.as_tensor(tokens).to(device), self.side, self.channels)
+        return {"pixel_values": images}, torch.as_tensor(labels).to(device, torch.int64)
 
     def __len__(self):
         return len(self.split)

@@ -14,10 +14,10 @@ multiples of the block, and padding keys weigh nothing, as under "eager".
 """
 
 import math
-import weakref
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import weights
@@ -81,6 +81,18 @@ def load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def pixels(tokens: Tensor, side: int | None = None, channels: int = 1) -> Tensor:
+    """Gray image tokens (b, S^2), 0 to 255 -> what image models take: (b, channels, side, side) float32 from -1 to 1.
+
+    Another side than S is reached by antialiased bilinear interpolation; the channels are all the same.
+    """
+    own = math.isqrt(tokens.shape[1])
+    images = (tokens.float() / 127.5 - 1).reshape(-1, 1, own, own)
+    if side not in (None, own):
+        images = F.interpolate(images, size=side, mode="bilinear", antialias=True)
+    return images.expand(-1, channels, -1, -1)
 
 
 @torch.no_grad()
@@ -290,12 +302,13 @@ class SparseAttention(nn.Module):
         (model,) = self._model
         model.set_attn_implementation(self._before)
         for module in model.modules():
-            _OWNERS.pop(module, None)
+            module.__dict__.pop(OWNER, None)
 
 
 # ---- the attention interface of transformers -------------------------------------------------------------------------
 
-_OWNERS: "weakref.WeakKeyDictionary[nn.Module, SparseAttention]" = weakref.WeakKeyDictionary()  # module -> whose it is
+OWNER = "sat_lib_owner"  # where a module keeps its SparseAttention: in its __dict__, so that it isn't a submodule
+ALTERATIONS = ("sliding_window", "softcap", "position_bias", "head_mask", "s_aux")  # arguments of other attentions
 
 
 def _attach(sat: SparseAttention, model: nn.Module) -> str:
@@ -307,7 +320,7 @@ def _attach(sat: SparseAttention, model: nn.Module) -> str:
         "models call sat_lib's attention yourself: `get_attention('sat')`",
     )
     require(
-        not any(module in _OWNERS for module in model.modules()),
+        not any(OWNER in module.__dict__ for module in model.modules()),
         f"model: this {name} has SAT already; detach() that one first",
     )
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -317,7 +330,7 @@ def _attach(sat: SparseAttention, model: nn.Module) -> str:
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     for module in model.modules():
-        _OWNERS[module] = sat
+        module.__dict__[OWNER] = sat
     return before
 
 
@@ -329,10 +342,10 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_,
+    **more,
 ) -> tuple[Tensor, None]:
     """What the models call. Returns (B, L, H, d) and no attention map, which the sparse phase hasn't got."""
-    sat, name = _OWNERS.get(module), type(module).__name__
+    sat, name = module.__dict__.get(OWNER), type(module).__name__
     require(sat is not None, f"model: {name} is set to {NAME!r} without a SparseAttention. Make one for this model")
     require(
         dropout == 0,
@@ -349,6 +362,8 @@ def _attention(
         f"model: wanted self-attention, as many keys as queries and heads; got queries "
         f"{tuple(query.shape)} and keys {tuple(key.shape)} in {name}",
     )
+    altered = [name for name in ALTERATIONS if more.get(name) is not None]
+    require(not altered, f"model: {name} alters its attention by {', '.join(altered)}, which SAT's doesn't do")
     out = sat.attend(module, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import datasets, files, timing
 from .errors import require
+from .pretrained import pixels
 from .runs import load_checkpoint, save_checkpoint
 from .tasks import task
 from .train import batch_indices, to_device
@@ -52,12 +53,6 @@ class Pretraining:
             require(getattr(self, name) >= 1, f"{name}: wanted at least 1; got {getattr(self, name)}")
         require(self.width % self.heads == 0, f"heads: {self.heads} don't divide a width of {self.width}")
         require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
-
-
-def pixels(tokens: Tensor) -> Tensor:
-    """Gray image tokens (b, side^2) of any integer type -> (b, 1, side, side) float32 from -1 to 1."""
-    side = math.isqrt(tokens.shape[1])
-    return (tokens.float() / 127.5 - 1).reshape(-1, 1, side, side)
 
 
 def vit(settings: Pretraining) -> nn.Module:

@@ -1,12 +1,16 @@
 """SAT in encoders of transformers: equal to eager attention at full density, padding honoured, three phases."""
 
+import gc
 import re
+import weakref
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AttentionInterface,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -18,7 +22,7 @@ from transformers import (
 from sat_lib import weights
 from sat_lib.errors import InputError
 from sat_lib.layout import BlockLayout
-from sat_lib.pretrained import SparseAttention, attention_maps, load_model
+from sat_lib.pretrained import OWNER, SparseAttention, attention_maps, load_model
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -218,6 +222,26 @@ def test_detach_gives_the_model_back():
     SparseAttention(model, inputs)  # and may take it up again
 
 
+def test_a_copy_has_sat_of_its_own():
+    model, inputs = bert(), bert_inputs()
+    sat = SparseAttention(model, inputs, switch_at=0)
+    copy = deepcopy(model)
+    train(model, sat, inputs, 1)
+    assert sat.phase == "sparse" and copy.train()(**inputs).logits.requires_grad
+    owners = {module.__dict__[OWNER] for module in copy.modules()}
+    assert len(owners) == 1 and owners.pop().phase == "dense"
+
+
+def test_nothing_keeps_a_model_alive():
+    model, inputs = bert(), bert_inputs()
+    sat = SparseAttention(model, inputs, switch_at=0)
+    train(model, sat, inputs, 1)
+    alive = weakref.ref(model)
+    del model, sat
+    gc.collect()
+    assert alive() is None
+
+
 def test_attention_maps_leave_the_model_as_it_was(case):
     model, inputs = case
     model.train()
@@ -289,6 +313,14 @@ def test_dropout_in_the_attention():
     SparseAttention(model, inputs)
     with pytest.raises(InputError, match=r"dropout: SAT's attention has none; BertSelfAttention wants 0[.]1"):
         model.train()(**inputs)
+
+
+def test_attention_with_more_than_queries_keys_and_a_mask():
+    model, inputs = bert(), bert_inputs()
+    sat = SparseAttention(model, inputs)
+    module, x = next(iter(sat._places)), torch.rand(3, 4, 45, 16)
+    with pytest.raises(InputError, match="BertSelfAttention alters its attention by softcap"):
+        AttentionInterface()["sat"](module, x, x, x, None, scaling=0.25, softcap=30.0)
 
 
 def test_masks_of_entries():
