@@ -52,6 +52,9 @@ test: setup  ## run the tests
 	@$(VENV) -m pytest
 
 browsertest: setup  ## click the explorer in a real JupyterLab; needs Chromium, installs playwright into .venv
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+		command -v "$$name" >/dev/null 2>&1 && exit 0; done; \
+		echo "no Chromium found. Install it (Debian, Ubuntu: sudo apt install chromium), or name it in CHROMIUM"; exit 1
 	@$(VENV) -m pip install -qq -e ".[browser]"
 	@$(VENV) -m pytest tests/test_lab.py
 

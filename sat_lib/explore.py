@@ -37,7 +37,7 @@ from .reference import pool_blocks
 CPU = torch.device("cpu")
 CACHED = 4  # maps of so many (step, example); 16 MiB each at 2 layers of 2 heads and L = 1024
 BLOCKS = (16, 32, 64, 128)
-DENSITIES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+DENSITIES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0)
 PIXELS = 512  # side of a picture, at most
 
 
@@ -147,6 +147,7 @@ class PretrainedSource:
         self.steps = tuple(sorted(self._models))
         self.label = label or type(self._models[self.steps[0]]).__name__
         (self.examples,) = set(sizes.values())
+        require(self.examples > 0, "inputs: wanted one example or more; got none")
         self.maps = functools.lru_cache(CACHED)(self._maps)
         self.layers, self.heads, self.length, _ = self.maps(self.steps[0], 0).shape
 
@@ -302,7 +303,7 @@ def _sentence(table: pd.DataFrame, state: State) -> str:
     """The chosen pattern in words, beside the best and a random one."""
     name, chosen = NAMES.get(state.pattern, state.pattern), table.loc[state.pattern]
     best, random = (table.loc[pattern, "mass_kept"] for pattern in ("best", "random"))
-    control = f"The best {state.density:.0%} for this map would hold {best:.1%}, random ones hold {random:.1%}."
+    control = f"The best {100 * state.density:.3g}% for this map would hold {best:.1%}, random ones hold {random:.1%}."
     if pd.isna(chosen["density"]):
         return f"No layout for {name}: {chosen['note']}. {control}"
     kept = f"{name} keeps {chosen['mass_kept']:.1%} of the attention in {chosen['density']:.2%} of the blocks."
@@ -377,6 +378,8 @@ def _controls(source: Source) -> dict[str, widgets.Widget]:
     block = source.block or min(blocks, key=lambda block: abs(block - 32))
     heads = [("mean", "mean"), *((str(head + 1), head) for head in range(source.heads))]
     densities = [(f"{density:.0%}", density) for density in DENSITIES]
+    most = (-(-source.length // block)) ** 2
+    density = min(density for density in DENSITIES if density >= 0.05 and int(density * most) > 0)
     names = [(NAMES.get(name, name), name) for name in PATTERNS]
     later = {"continuous_update": False}
     pattern = "learned" if source.block else "best"
@@ -388,7 +391,7 @@ def _controls(source: Source) -> dict[str, widgets.Widget]:
         ),
         "layer": widgets.Dropdown(options=layers, description="layer", **narrow),
         "head": widgets.Dropdown(options=heads, description="head", **narrow),
-        "density": widgets.SelectionSlider(options=densities, value=0.05, description="density", **wide),
+        "density": widgets.SelectionSlider(options=densities, value=density, description="density", **wide),
         "block": widgets.Dropdown(options=blocks, value=block, description="block", **narrow),
         "pattern": widgets.Dropdown(options=names, value=pattern, description="pattern", **wide),
     }

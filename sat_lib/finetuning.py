@@ -56,8 +56,10 @@ class FineTuning:
 
     def __post_init__(self):
         require(self.attention in ("dense", "sat"), f"attention: wanted 'dense' or 'sat'; got {self.attention!r}")
-        for name in ("epochs", "batch", "length"):
-            require(getattr(self, name) >= 1, f"{name}: wanted at least 1; got {getattr(self, name)}")
+        for name in ("epochs", "batch", "length", "train_examples", "test_examples"):
+            value = getattr(self, name)
+            allowed = value is None if name.endswith("examples") else False
+            require(allowed or value >= 1, f"{name}: wanted at least 1; got {value}")
         share = self.switch_share
         require(share is None or 0 <= share < 1, f"switch_share: wanted 0 to below 1, or None; got {share}")
         require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
@@ -207,7 +209,7 @@ class FineTuner:
 
 
 def fine_tune(settings: FineTuning, device: torch.device) -> dict:
-    """Train to the end; accuracies of the last step, and the time of a step in the phase it ended in.
+    """Train to the end; accuracies of the last step, and the time of a step like the last ones.
 
     Raises:
         InputError: what the model, the data or the settings say.

@@ -3,11 +3,13 @@
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from .figures import PAGE, PALETTE, new
+from .reference import pool_blocks
 
 MODEL_NAMES = {"cifar-vit": "small ViT (CIFAR-10)", "minilm": "MiniLM"}
 MODEL_NAMES |= {"bert-base-uncased": "BERT base", "google/vit-base-patch16-224-in21k": "ViT base"}
@@ -59,7 +61,7 @@ def motivation(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 def _map_and_blocks(axes: np.ndarray, row: pd.Series) -> None:
     values = np.array(row["shown"], float) / 1e5
-    blocks = pool(values, 16)
+    blocks = pool_blocks(torch.from_numpy(values), 16).numpy()
     name = f"{MODEL_NAMES.get(row['model'], row['model'])}, {DATA_NAMES[row['data']]}"
     for axis, image, title in zip(axes, (values, blocks), (name, "means of 16 x 16"), strict=True):
         top = np.quantile(image, 0.995) or image.max()
@@ -70,14 +72,6 @@ def _map_and_blocks(axes: np.ndarray, row: pd.Series) -> None:
     axes[0].set_xlabel(head)
     if row["kind"] == "text":
         axes[1].set_xlabel(f"{row['tokens']} of {row['length']} are tokens")
-
-
-def pool(values: np.ndarray, block: int) -> np.ndarray:
-    """(L, L) -> block means; those of a partial last block are of the entries it has."""
-    edges = np.arange(0, len(values), block)
-    sums = np.add.reduceat(np.add.reduceat(values, edges, 0), edges, 1)
-    sizes = np.diff([*edges, len(values)])
-    return sums / (sizes[:, None] * sizes)
 
 
 def _by_layer(axis: Axes, part: pd.DataFrame, kind: str) -> None:
@@ -141,7 +135,7 @@ LINES = {"learned": PALETTE["sat"], "pooled": PALETTE["bigbird"]}
 def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Test accuracy against density, a panel per model and data: each seed a mark, means joined; dense as a band."""
     names = ["model", "data", "attention", "pattern", "pruned", "density", "seed", "test_accuracy", "step_ms"]
-    drawn = rows[[*names, "steps", "transition_step"]].copy()
+    drawn = rows.reindex(columns=[*names, "steps", "transition_step"])
     drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
     parts = list(drawn.groupby(["model", "data"], sort=False))
     figure, axes = new(max(3.3, 3.5 * len(parts)), 2.6, 1, len(parts))
@@ -174,6 +168,7 @@ def finetuning_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and sample deviation over seeds, mass kept, and the time of a step against dense."""
     table = []
     keys = ["model", "data", "attention", "pattern", "pruned", "density"]
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *keys, "mass_kept"])))
     filled = rows.assign(
         **{name: rows[name].astype(object).where(rows["attention"] == "sat", "-") for name in keys[3:]}
     )

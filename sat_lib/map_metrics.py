@@ -100,16 +100,18 @@ def stride_peak(profile: Tensor, most: int | None = None) -> tuple[int, float]:
     at its two neighbours.
 
     Args:
-        profile: (L,) from `offset_profile`. most: L / 4 unless given.
+        profile: (L,) from `offset_profile`. most: L / 4 unless given, and at most L / 2 - 2.
 
     Returns:
-        The lag and the correlation there; 0 and 0.0 where there is no peak above 0.
+        The lag and the correlation there; 0 and 0.0 where there is no peak above 0, or nothing but the parabola.
     """
-    most = len(profile) // 4 if most is None else most
     half = profile[: len(profile) // 2].clamp(min=1e-12).log()  # further out few entries are left
+    most = min(len(profile) // 4 if most is None else most, len(half) - 2)
     place = torch.linspace(-1, 1, len(half), dtype=half.dtype, device=half.device)
     basis = torch.stack([torch.ones_like(place), place, place**2], 1)
     rest = half - basis @ torch.linalg.lstsq(basis, half[:, None]).solution[:, 0]
+    if float(rest.std()) < 1e-6:  # rounding alone
+        return 0, 0.0
     correlation = torch.stack([_correlation(rest, lag) for lag in range(most + 2)])
     best, height = 0, 0.0
     for lag in range(2, most + 1):

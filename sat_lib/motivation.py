@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .errors import require
 from .finetuning import FineTuner, FineTuning
 from .map_metrics import describe, offset_profile, patch_maps, stride_mass, stride_peak
 from .pretrained import attention_maps
@@ -36,8 +37,10 @@ def look_at_maps(settings: FineTuning, examples: int, device: torch.device) -> d
             most mass on the diagonal (images: at the stride of the grid), shown_head of shown_layer.
         length, grid (patches in a row of an image), tokens (of the first example), and what `fine_tune` says of data.
     """
+    require(examples >= 1, f"examples: wanted at least 1; got {examples}")
     looks, result = {}, {}
     for moment, tuner in _moments(settings, device):
+        require(examples <= len(tuner.train), f"examples: wanted at most {len(tuner.train)}; got {examples}")
         indices = np.random.default_rng([settings.seed, 1]).choice(len(tuner.train), examples, replace=False)
         looks[moment] = (tuner.step, _look(tuner, indices))
         result = {"grid": _grid(tuner.model), "train_examples": tuner.examples, **tuner.provenance}

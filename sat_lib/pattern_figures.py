@@ -7,10 +7,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .figures import PAGE, PALETTE, new, style
+from .pattern import generate_layout
 
 COLOURS = {
     "learned": PALETTE["sat"],
@@ -134,13 +136,12 @@ def patterns(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 def row_pictures(run: pd.Series, moment: dict) -> list[Picture]:
     """The four pictures of one entry of a row's `shown`."""
     values, pooled, scores = (np.array(moment[name], float) for name in ("map", "pooled", "scores"))
-    in_use, block = moment["in_use"], run["block"]
+    in_use, block = moment["in_use"], int(run["block"])
     side = -(-run["length"] // len(values))
     title = f"layer {run['shown_layer'] + 1}, head {run['shown_head'] + 1}"
     if in_use is None:
-        name, kept = f"R~'s top {run['density']:.0%}", np.zeros(scores.size, bool)
-        kept[np.argsort(-scores, None, "stable")[: int(scores.size * run["density"])]] = True
-        kept = kept.reshape(scores.shape)
+        kept = generate_layout(torch.from_numpy(scores), run["density"], block).grid.numpy()
+        name = f"R~'s top {run['density']:.0%}"
     else:
         name, kept = "in use", np.array(in_use, bool)
     return [

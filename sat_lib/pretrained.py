@@ -13,8 +13,10 @@ Any encoder that uses the attention interface of transformers 5 will do: BERT, V
 multiples of the block, and padding keys weigh nothing, as under "eager".
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from . import weights
 from .attention import get_attention
-from .errors import require
+from .errors import InputError, require
 from .layout import BlockLayout
 from .ops import attention_statistics
 from .pattern import SparsityParameter, generate_layout, sparsity_loss
@@ -38,7 +40,9 @@ NAME = "sat"  # among the attention implementations of transformers
 
 
 def load_model(name: str, kind: str, classes: int, *, pretrained: bool = True) -> nn.Module:
-    """A classifier on a pretrained encoder, in float32, its head drawn anew, without dropout in the attention.
+    """A classifier on a pretrained encoder, in float32, without dropout in the attention.
+
+    A saved head for as many classes is kept; otherwise the head, BERT's pooler included, is drawn anew.
 
     Args:
         name: a stand-in ("minilm", "cifar-vit"), a local folder, or a name on the hub; see `weights.folder`.
@@ -46,41 +50,72 @@ def load_model(name: str, kind: str, classes: int, *, pretrained: bool = True) -
         pretrained: False draws all weights anew: the same architecture before any training.
 
     Raises:
-        InputError: another kind, or the weights can't be had; the message says where from and where to.
+        InputError: another kind, the weights can't be had (the message says where from and where to), they aren't
+            those of a classifier of that kind, or they leave a part of the encoder without weights.
     """
     require(kind in KINDS, f"kind: wanted one of {KINDS}; got {kind!r}")
     require(classes >= 2, f"classes: wanted 2 or more; got {classes}")
     folder = weights.folder(name)
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
-    from transformers.utils import logging
 
     factory = AutoModelForImageClassification if kind == "image" else AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config.num_labels = classes
-    for dropout in ("attention_probs_dropout_prob", "attention_dropout"):  # names of various encoders
-        if hasattr(config, dropout):
-            setattr(config, dropout, 0.0)
-    if not pretrained:
-        return factory.from_config(config, dtype=torch.float32)
+    with _input_errors(f"{name}: transformers can't make a model for {kind}s of it"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.num_labels = classes
+        for dropout in ("attention_probs_dropout_prob", "attention_dropout"):  # names of various encoders
+            if hasattr(config, dropout):
+                setattr(config, dropout, 0.0)
+        if not pretrained:
+            return factory.from_config(config, dtype=torch.float32)
+        settings = {"config": config, "dtype": torch.float32, "local_files_only": True}
+        model, said = _quietly(factory.from_pretrained, folder, **settings)
+    inside = f"{model.base_model_prefix}."
+    without = [*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])]
+    without = sorted(key for key in without if key.startswith(inside) and ".pooler." not in key)
+    require(
+        not without,
+        f"{name}: wanted weights of the whole encoder; {folder} has none that fit for {len(without)} of its parameters "
+        f"({without[0] if without else ''}, ...). Is its config.json that of its model.safetensors?",
+    )
+    return model
+
+
+def _quietly(from_pretrained: Callable, folder: Path, **settings) -> tuple[nn.Module, dict]:
+    """The model and what transformers says of missing weights, which it would otherwise print, with progress bars."""
+    from transformers.utils import logging
+
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # that the head is new is wanted
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return factory.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True
-        )
+        return from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _input_errors(what: str) -> Iterator[None]:
+    """Turn what transformers raises about a folder into an InputError that begins with `what`."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"{what} ({reason}). Name another model, or the other kind") from error
+
+
 def load_tokenizer(name: str):
-    """The tokenizer that belongs to a text encoder; arguments and errors as for `load_model`."""
+    """The tokenizer that belongs to a text encoder; arguments as for `load_model`.
+
+    Raises:
+        InputError: the weights can't be had, or have no tokenizer beside them.
+    """
     folder = weights.folder(name)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _input_errors(f"{name}: {folder} has no tokenizer that transformers can load"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def pixels(tokens: Tensor, side: int | None = None, channels: int = 1) -> Tensor:
@@ -104,18 +139,30 @@ def attention_maps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tenso
     Raises:
         InputError: the model returns no maps.
     """
-    before, training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        maps = model.eval()(**inputs, output_attentions=True).attentions
+        with _evaluating(model):
+            maps = model(**inputs, output_attentions=True).attentions
     finally:
         model.set_attn_implementation(before)
-        model.train(training)
     require(
         bool(maps) and all(isinstance(attention, Tensor) for attention in maps),
         f"model: wanted one that returns attention maps under 'eager'; {type(model).__name__} returns none",
     )
     return list(maps)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; then every module's mode is what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # ---- SAT -------------------------------------------------------------------------------------------------------------
@@ -124,8 +171,9 @@ def attention_maps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tenso
 class SparseAttention(nn.Module):
     """Puts SAT into an encoder: dense with statistics, then block-sparse under one layout per layer.
 
-    Its parameters are the W^P of all layers. Statistics are taken in training mode only; in evaluation the attention
-    is that of the present phase.
+    Its parameters, and all that its state_dict holds, are the W^P of all layers; the layouts of a fine-tuning that is
+    to go on later have to be kept beside it (see `layouts`, `enter_sparse_phase`). Statistics are taken in training
+    mode only; in evaluation the attention is that of the present phase.
 
     Args:
         model: any encoder of transformers >= 5 with the attention interface. It is changed in place (see `detach`).
@@ -172,6 +220,7 @@ class SparseAttention(nn.Module):
         self._model = (model,)  # in a tuple its parameters don't become ours
         self._places: dict[nn.Module, int] = {}  # attention module -> layer, in the order in which they are called
         self.tests: list[LayerTest] = []
+        self._query: Tensor | None = None  # of the example batch
         self.sparsity: nn.ModuleList | None = None
         self._before = _attach(self, model)
         try:
@@ -192,12 +241,8 @@ class SparseAttention(nn.Module):
         """Run the model once in evaluation mode; the layers' places are then known. Returns queries (B, H, L, d)."""
         (model,) = self._model
         _check_length(model, inputs)
-        self._query = None
-        training = model.training
-        try:
-            model.eval()(**inputs)
-        finally:
-            model.train(training)
+        with _evaluating(model):
+            model(**inputs)
         name = type(model).__name__
         require(
             self._query is not None,
@@ -219,7 +264,12 @@ class SparseAttention(nn.Module):
         if scale is not None and not math.isclose(scale * math.sqrt(q.shape[3]), 1):
             q = q * (scale * math.sqrt(q.shape[3]))
         if self.sparsity is None:  # the example batch
-            self._places.setdefault(module, len(self._places))
+            require(
+                module not in self._places,
+                f"model: wanted an attention module for each layer; several layers share one {type(module).__name__}, "
+                "and would have to share W^P and layout",
+            )
+            self._places[module] = len(self._places)
             self._query = q
             return self._attend(q, k, v, key_padding_mask=mask)
         require(
@@ -266,13 +316,13 @@ class SparseAttention(nn.Module):
         passed, self.tests = self.rule.update([layer.mean_map for layer in seen])
         switch = passed if self.switch_at is None else self.steps >= self.switch_at
         if switch:
-            self.enter_sparse_phase(self.generate_layouts(seen))
+            self.enter_sparse_phase(self._layouts(seen))
         self._seen.clear()
         self.steps += 1
         return switch
 
     @torch.no_grad()
-    def generate_layouts(self, seen: list[AttentionStatistics]) -> list[BlockLayout]:
+    def _layouts(self, seen: list[AttentionStatistics]) -> list[BlockLayout]:
         """One layout per layer by the chosen pattern, from W^P or from these statistics."""
         learned = self.pattern == "learned"
         scores = [parameter() for parameter in self.sparsity] if learned else [layer.pooled for layer in seen]
@@ -308,7 +358,7 @@ class SparseAttention(nn.Module):
 # ---- the attention interface of transformers -------------------------------------------------------------------------
 
 OWNER = "sat_lib_owner"  # where a module keeps its SparseAttention: in its __dict__, so that it isn't a submodule
-ALTERATIONS = ("sliding_window", "softcap", "position_bias", "head_mask", "s_aux")  # arguments of other attentions
+HARMLESS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch")
 
 
 def _attach(sat: SparseAttention, model: nn.Module) -> str:
@@ -362,8 +412,8 @@ def _attention(
         f"model: wanted self-attention, as many keys as queries and heads; got queries "
         f"{tuple(query.shape)} and keys {tuple(key.shape)} in {name}",
     )
-    altered = [name for name in ALTERATIONS if more.get(name) is not None]
-    require(not altered, f"model: {name} alters its attention by {', '.join(altered)}, which SAT's doesn't do")
+    unknown = [key for key, value in more.items() if key not in HARMLESS and value is not None and value is not False]
+    require(not unknown, f"model: {name} wants attention with {', '.join(unknown)}, which SAT's can't do")
     out = sat.attend(module, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -382,7 +432,7 @@ def _padding_mask(mask_function, attention_mask: Tensor | None = None, **_) -> T
 def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Raise InputError where token ids are longer than the model's positions, instead of an error in its embedding."""
     positions, tokens = getattr(model.config, "max_position_embeddings", None), inputs.get("input_ids")
-    if positions is not None and tokens is not None:
+    if positions is not None and positions > 0 and tokens is not None:
         length = tokens.shape[-1]
         require(
             length <= positions,

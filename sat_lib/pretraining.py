@@ -49,10 +49,12 @@ class Pretraining:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("layers", "width", "heads", "hidden", "epochs", "batch"):
+        for name in ("layers", "width", "heads", "hidden", "epochs", "batch", "warm_up"):
             require(getattr(self, name) >= 1, f"{name}: wanted at least 1; got {getattr(self, name)}")
         require(self.width % self.heads == 0, f"heads: {self.heads} don't divide a width of {self.width}")
-        require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
+        for name in ("rate", "mixup"):
+            require(getattr(self, name) > 0, f"{name}: wanted more than 0; got {getattr(self, name)}")
+        require(0 <= self.erased <= SIDE, f"erased: wanted 0 to {SIDE} pixels; got {self.erased}")
 
 
 def vit(settings: Pretraining) -> nn.Module:
@@ -91,8 +93,9 @@ def pretrain(settings: Pretraining, folder: Path, work: Path, device: torch.devi
     there = folder / "model.safetensors"
     require(not there.exists(), f"folder: {there} exists. Name another with --folder, or move it away")
     data = datasets.load("cifar10")
+    provenance = datasets.provenance("cifar10")
     with files.lock(work / "lock", f"pretraining in {work}"):
-        model, seconds = _trained(settings, data, work, device, progress)
+        model, seconds = _trained(asdict(settings) | provenance, settings, data, work, device, progress)
         model.half().float()  # accuracies are those of the weights as they are shipped
         result = {
             "settings": asdict(settings),
@@ -103,14 +106,17 @@ def pretrain(settings: Pretraining, folder: Path, work: Path, device: torch.devi
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "seconds": round(seconds),
             "train_examples": len(data.train),
-            **datasets.provenance("cifar10"),
+            **provenance,
             "stamp": timing.stamp(device),
         }
         _write(model, result, folder)
     return result
 
 
-def _trained(settings: Pretraining, data, work: Path, device: torch.device, progress: bool) -> tuple[nn.Module, float]:
+def _trained(
+    what: dict, settings: Pretraining, data, work: Path, device: torch.device, progress: bool
+) -> tuple[nn.Module, float]:
+    """The model and its seconds. `what` tells runs apart: a checkpoint of another one isn't gone on with."""
     torch.manual_seed(settings.seed)
     model = vit(settings).to(device)
     optimiser = torch.optim.AdamW(_decayed(model, settings.weight_decay), lr=settings.rate)
@@ -119,9 +125,8 @@ def _trained(settings: Pretraining, data, work: Path, device: torch.device, prog
     if (work / "last.pt").exists():
         state = load_checkpoint(work / "last.pt", device)
         require(
-            state["settings"] == asdict(settings),
-            f"settings: {work} holds a run with {state['settings']}; wanted {asdict(settings)}. Delete it to start "
-            "anew",
+            state["what"] == what,
+            f"settings: {work} holds a run with {state['what']}; wanted {what}. Delete it to start anew",
         )
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -133,7 +138,7 @@ def _trained(settings: Pretraining, data, work: Path, device: torch.device, prog
         now = time.monotonic()
         if now - saved > CHECKPOINT_SECONDS or step == steps - 1:
             require(bool(loss.isfinite()), f"rate: the loss is {float(loss)} at step {step}. Lower the rate")
-            state = {"settings": asdict(settings), "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            state = {"what": what, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
             state |= {"step": step + 1, "seconds": seconds + now - started}
             save_checkpoint(work / "last.pt", state)
             saved = now

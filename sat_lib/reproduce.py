@@ -37,8 +37,8 @@ def _figure(name: str, look: str, minutes: float, *tables: str, experiments: tup
 STAGES = (
     _figure(
         "01_motivation",
-        "Attention maps of a ViT and a BERT while they are fine-tuned: diagonals at the stride of the patch grid, a "
-        "thick diagonal in text, many entries near 0; none of it in the untrained models.",
+        "Attention maps of a ViT and a BERT while they are fine-tuned: many entries near 0, the rhythm of the patch "
+        "grid in images, a thick diagonal in text; the untrained models' maps are nearly even but for padding.",
         1,
         "01_motivation_table.csv",
         "01_motivation_table.md",

@@ -38,7 +38,9 @@ def folder(name: str) -> Path:
     name = str(name)
     for package in ("huggingface_hub", "safetensors"):
         present = importlib.util.find_spec(package) is not None
-        require(present, f"pretrained weights: wanted the package {package}. pip install transformers")
+        require(
+            present, f"pretrained weights: wanted the package {package}. pip install transformers"
+        )
     if name == "minilm":
         return _minilm()
     if name == "cifar-vit":

@@ -301,6 +301,14 @@ def test_a_state_without_blocks_shows_why_and_keeps_the_pictures(source):
     assert [image.value for image in images] != before
 
 
+@pytest.mark.parametrize("length", [10, 20, 40, 100])
+def test_short_maps_start_with_a_density_that_keeps_a_block(length):
+    torch.manual_seed(0)
+    shown = parts(explore.widget(Maps(torch.rand(1, 1, 2, length, length).softmax(-1))))
+    assert all(part.value for part in shown if isinstance(part, widgets.Image))
+    assert not [part for part in shown if isinstance(part, widgets.HTML) and "b00020" in part.value]
+
+
 def test_response_times_are_one_per_state(source):
     times = explore.response_ms(source, [State(12, 0, density=d) for d in (0.1, 0.2, 0.3)])
     assert len(times) == 3

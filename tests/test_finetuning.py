@@ -142,6 +142,7 @@ def test_pairs_are_cut_and_padded():
     [
         ({"attention": "lsg"}, "attention: wanted 'dense' or 'sat'"),
         ({"epochs": 0}, "epochs: wanted at least 1"),
+        ({"train_examples": 0}, "train_examples: wanted at least 1; got 0"),
         ({"rate": 0.0}, "rate: wanted more than 0"),
         ({"precision": "fp16"}, "precision: wanted 'fp32' or 'bf16'"),
         ({"switch_share": 1.0}, "switch_share: wanted 0 to below 1"),
@@ -191,6 +192,11 @@ def test_metrics_are_means_over_the_examples():
     line = next(line for line in result["metrics"] if (line["moment"], line["layer"]) == ("pretrained", 1))
     for name, value in found.items():
         assert line[name] == pytest.approx(float(value.mean(0)[0]), abs=1e-5), name
+
+
+def test_more_examples_than_there_are():
+    with pytest.raises(InputError, match="examples: wanted at most 12; got 13"):
+        motivation.look_at_maps(TEXT, 13, CPU)
 
 
 # ---- the time of a step ----------------------------------------------------------------------------------------------

@@ -67,13 +67,6 @@ def test_motivation_table():
     assert table["stride mass %"].notna().tolist() == [True] * 4 + [False] * 4
 
 
-def test_pool_takes_the_entries_there_are():
-    values = np.arange(25.0).reshape(5, 5)
-    pooled = map_figures.pool(values, 2)
-    assert pooled.shape == (3, 3)
-    assert pooled[0, 0] == values[:2, :2].mean() and pooled[2, 0] == values[4:, :2].mean() and pooled[2, 2] == 24
-
-
 def finetuning_rows():
     base = {"model": "minilm", "data": "mrpc", "steps": 40, "transition_step": 10, "step_ms": 6.0}
     dense = [base | {"attention": "dense", "seed": seed, "test_accuracy": 0.8 + 0.02 * seed} for seed in range(2)]
@@ -105,6 +98,16 @@ def test_finetuning_table():
     learned = table.loc[("sat", "learned", 0.25)]
     assert (learned["mean %"], learned["deviation"], learned["mass kept %"]) == (73.0, 0.71, 35.0)
     assert learned["time / dense"] == "0.50"
+
+
+def test_finetuning_without_sat():
+    """As after `bench finetuning --only attention=dense`: the columns of SAT aren't there."""
+    rows = finetuning_rows()
+    dense = rows[rows["attention"] == "dense"].dropna(axis=1)
+    assert "pattern" not in dense
+    figure, _ = map_figures.finetuning(dense)
+    assert len(figure.axes) == 1
+    assert map_figures.finetuning_table(dense)["mean %"].tolist() == [81.0]
 
 
 def test_pretrained_step_table():

@@ -88,6 +88,17 @@ def test_no_stride_no_peak():
     assert stride_peak(offset_profile((smooth / smooth.sum(1, keepdim=True))[None, None]))[1] < 0.05
 
 
+def test_nothing_but_rounding_has_no_period():
+    fall = (-torch.arange(64, dtype=torch.float64) / 9).exp()
+    assert stride_peak(fall) == (0, 0.0)
+    assert stride_peak(1 + 1e-9 * torch.randn(64, dtype=torch.float64)) == (0, 0.0)
+
+
+def test_small_grids():
+    lag, _ = stride_peak(offset_profile(image_maps(4)), most=8)
+    assert lag == 4
+
+
 def test_offset_profile_by_hand():
     maps = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])[None, None]
     profile = offset_profile(maps)

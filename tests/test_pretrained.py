@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     AttentionInterface,
     BertConfig,
     BertForSequenceClassification,
@@ -22,7 +25,7 @@ from transformers import (
 from sat_lib import weights
 from sat_lib.errors import InputError
 from sat_lib.layout import BlockLayout
-from sat_lib.pretrained import OWNER, SparseAttention, attention_maps, load_model
+from sat_lib.pretrained import OWNER, SparseAttention, attention_maps, load_model, load_tokenizer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -293,6 +296,12 @@ def test_models_without_the_attention_interface():
         SparseAttention(torch.nn.Linear(2, 2), {})
 
 
+def test_layers_that_share_their_attention():
+    config = AlbertConfig(**SIZES, **NO_DROPOUT, vocab_size=50, embedding_size=16)
+    with pytest.raises(InputError, match="several layers share one AlbertAttention"):
+        SparseAttention(AlbertForSequenceClassification(config), bert_inputs())
+
+
 def test_models_that_never_call_the_interface():
     model = bert()
     for layer in model.bert.encoder.layer:
@@ -319,7 +328,7 @@ def test_attention_with_more_than_queries_keys_and_a_mask():
     model, inputs = bert(), bert_inputs()
     sat = SparseAttention(model, inputs)
     module, x = next(iter(sat._places)), torch.rand(3, 4, 45, 16)
-    with pytest.raises(InputError, match="BertSelfAttention alters its attention by softcap"):
+    with pytest.raises(InputError, match="BertSelfAttention wants attention with softcap"):
         AttentionInterface()["sat"](module, x, x, x, None, scaling=0.25, softcap=30.0)
 
 
@@ -362,6 +371,31 @@ def test_load_model(tmp_path, monkeypatch):
     fresh = untrained.bert.embeddings.word_embeddings.weight
     assert fresh.shape == saved.bert.embeddings.word_embeddings.weight.shape
     assert not torch.equal(fresh, saved.bert.embeddings.word_embeddings.weight)
+
+
+def test_weights_that_leave_the_encoder_random(tmp_path, monkeypatch):
+    """Of other names, or of other sizes than config.json says: nothing is drawn anew in silence but the head."""
+    monkeypatch.setattr(weights, "folder", lambda name: tmp_path / name)
+    model = bert()
+    model.save_pretrained(tmp_path / "other-names")
+    state = {f"another.{name}": value for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / "other-names" / "model.safetensors", metadata={"format": "pt"})
+    bert(vocab_size=60).save_pretrained(tmp_path / "other-sizes")
+    model.config.save_pretrained(tmp_path / "other-sizes")
+    for name in ("other-names", "other-sizes"):
+        with pytest.raises(InputError, match=f"{name}: wanted weights of the whole encoder; .* of its parameters"):
+            load_model(name, "text", classes=2)
+
+
+def test_models_of_the_other_kind_and_without_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "folder", lambda name: tmp_path / name)
+    bert().save_pretrained(tmp_path / "text")
+    vit().save_pretrained(tmp_path / "image")
+    for name, kind in (("text", "image"), ("image", "text")):
+        with pytest.raises(InputError, match=f"{name}: transformers can't make a model for {kind}s of it"):
+            load_model(name, kind, classes=2)
+    with pytest.raises(InputError, match=r"image: .* has no tokenizer that transformers can load"):
+        load_tokenizer("image")
 
 
 def test_load_model_refuses():

@@ -100,6 +100,9 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"warm_up": 0}, "warm_up: wanted at least 1"),
+        ({"mixup": 0.0}, "mixup: wanted more than 0"),
+        ({"erased": 40}, "erased: wanted 0 to 32 pixels; got 40"),
         ({"epochs": 0}, "epochs: wanted at least 1"),
         ({"heads": 5}, "don't divide"),
         ({"rate": 0.0}, "rate: wanted more"),
