@@ -53,7 +53,7 @@ STAGES = (
         "03_accuracy",
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
-        5,
+        4,
         "03_accuracy_table.csv",
         "03_accuracy_table.md",
     ),
@@ -96,7 +96,7 @@ STAGES = (
         "09_finetuning",
         "Test accuracy of pretrained models fine-tuned dense and with SAT, by density, and the time of a step "
         "(published: SAT also serves for fine-tuning; no numbers).",
-        3,
+        2,
         "09_finetuning_table.csv",
         "09_finetuning_table.md",
         "09_finetuning_steps.csv",
