@@ -100,7 +100,7 @@ def _input_errors(what: str) -> Iterator[None]:
     """Turn what transformers raises about a folder into an InputError that begins with `what`."""
     try:
         yield
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, ImportError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise InputError(f"{what} ({reason}). Name another model, or the other kind") from error
 
@@ -297,9 +297,8 @@ class SparseAttention(nn.Module):
         return 0.01 * len(losses) * sum(losses)
 
     def _statistics(self) -> list[AttentionStatistics]:
-        missing = self.sparsity is not None and len(self._seen) < len(self.sparsity)
         require(
-            not missing,
+            len(self._seen) == len(self.sparsity),
             "the dense phase wants a forward of the model in training mode before loss() and step(): model.train()",
         )
         return [self._seen[layer] for layer in range(len(self.sparsity))]
