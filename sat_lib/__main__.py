@@ -51,13 +51,10 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 def _data_list(options) -> int:
     from . import datasets, sentence_pairs
 
-    for row in datasets.describe():
+    for row in [*datasets.describe(), sentence_pairs.describe()]:
         splits = ", ".join(f"{name} {count:,}" for name, count in (row["splits"] or {}).items())
-        shape = f"{row['kind']:8} L {row['length']:5} {row['classes']:3} classes"
-        print(f"{row['name']:12} {shape}  {row['state']:12} {splits}")
-    row = sentence_pairs.describe()
-    splits = ", ".join(f"{name} {count:,}" for name, count in row["splits"].items())
-    print(f"{row['name']:12} {row['kind']:8} {'':7} {row['classes']:3} classes  {row['state']:12} {splits}")
+        length = f"L {row['length']:5}" if "length" in row else ""  # pairs are cut by the tokenizer
+        print(f"{row['name']:12} {row['kind']:8} {length:7} {row['classes']:3} classes  {row['state']:12} {splits}")
     return 0
 
 

@@ -7,7 +7,6 @@
 `compare_snapshots` does that for the snapshots of a training run.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from .errors import InputError, require
 from .layout import BlockLayout
 from .model import Encoder, SelfAttention
 from .pattern import bigbird_layout, generate_layout, mass_kept, overlap, random_layout
-from .reference import pool_blocks
+from .reference import attention_map, pool_blocks
 
 PATTERNS = ("learned", "best", "window", "bigbird", "random", "in use")
 RANDOM_BLOCKS = 3  # of BigBird's pattern, as published
@@ -52,7 +51,8 @@ def encoder_maps(model: Encoder, tokens: Tensor) -> list[Tensor]:
     def look(attention: SelfAttention, inputs: tuple) -> None:
         x, mask, _ = inputs
         q, k, _ = attention.heads(x)
-        maps.append(dense_map(q, k, mask))
+        found = attention_map(q, k, mask)
+        maps.append(found if mask is None else found.masked_fill(~mask[:, None, :, None], 0.0))
 
     hooks = [layer.attention.register_forward_pre_hook(look) for layer in model.layers]
     try:
@@ -62,15 +62,6 @@ def encoder_maps(model: Encoder, tokens: Tensor) -> list[Tensor]:
         for hook in hooks:
             hook.remove()
     return maps
-
-
-def dense_map(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Queries and keys (B, H, L, d), mask (B, L) bool or None -> `A^s` (B, H, L, L) float32, 0 where padding is."""
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
-    if mask is None:
-        return scores.softmax(-1, dtype=torch.float32)
-    attention = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1, dtype=torch.float32)
-    return attention.masked_fill(~mask[:, None, :, None], 0.0)  # also where there is no real key at all
 
 
 def block_sums(attention: Tensor, block: int) -> Tensor:

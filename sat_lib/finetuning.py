@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import datasets, timing
 from .errors import require
-from .pattern import random_layout
+from .pattern import mass_kept, random_layout
 from .pretrained import SparseAttention, attention_maps, load_model, load_tokenizer, pixels
 from .sentence_pairs import Pairs, load_pairs
 from .tasks import task
@@ -127,6 +127,17 @@ def class_count(settings: FineTuning) -> int:
     return len(task(settings.data).classes) if settings.kind == "image" else 2
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, examples: Examples, batch: int, device: torch.device, count: int | None = None) -> float:
+    """Share of the first `count` examples (None: all) that the model, put into evaluation mode, classifies right."""
+    model.eval()
+    right, count = 0, len(examples) if count is None else count
+    for start in range(0, count, batch):
+        inputs, labels = examples.batch(np.arange(start, min(start + batch, count)), device)
+        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+    return right / count
+
+
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
@@ -139,10 +150,11 @@ class FineTuner:
         model = load_model(settings.model, settings.kind, class_count(settings), pretrained=settings.pretrained)
         self.train, self.dev, self.test, self.provenance = load_data(settings, model)
         self.examples = min(len(self.train), settings.train_examples or len(self.train))
+        self.chosen = np.random.default_rng(settings.seed).permutation(len(self.train))[: self.examples]
         self.steps = settings.epochs * (self.examples // settings.batch)
         require(self.steps > 0, f"batch: wanted at most the {self.examples} training examples; got {settings.batch}")
         self.model = model.to(device)
-        self.step, self.switched, self.sat = 0, False, None
+        self.step, self.sat = 0, None
         if settings.attention == "sat":
             names = ("block", "density", "theta", "delta", "pruned", "pattern")
             chosen = {name: getattr(settings, name) for name in names}
@@ -151,6 +163,11 @@ class FineTuner:
             example, _ = self.train.batch(np.arange(2), device)
             self.sat = SparseAttention(self.model, example, **chosen)
         self._new_optimiser()
+
+    @property
+    def phase(self) -> str:
+        """ "dense" or "sparse"."""
+        return self.sat.phase if self.sat else "dense"
 
     def _new_optimiser(self) -> None:
         parameters = [*self.model.parameters(), *(self.sat.parameters() if self.sat else ())]
@@ -161,7 +178,7 @@ class FineTuner:
         """Of the present step."""
         warm_up = max(1, self.steps // 10)
         share = min((self.step + 1) / warm_up, (self.steps - self.step) / max(1, self.steps - warm_up))
-        return self.settings.rate * max(share, 0.0) * (0.5 if self.switched else 1.0)
+        return self.settings.rate * max(share, 0.0) * (0.5 if self.phase == "sparse" else 1.0)
 
     def train_step(self, batch: tuple[dict[str, Tensor], Tensor] | None = None) -> dict:
         """One optimiser step; `batch` None takes the step's own. Returns step, phase, loss (a tensor), and in SAT's
@@ -173,14 +190,13 @@ class FineTuner:
         with self._autocast():
             logits = self.model(**inputs).logits.float()
         loss = F.cross_entropy(logits, labels)
-        record = {"step": self.step, "phase": self.sat.phase if self.sat else "dense", "loss": loss.detach()}
+        record = {"step": self.step, "phase": self.phase, "loss": loss.detach()}
         self.optimiser.zero_grad(set_to_none=True)
         (loss + self.sat.loss() if self.sat else loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         if self.sat and self.sat.phase == "dense":
             if self.sat.step():
-                self.switched = True
                 self._new_optimiser()
             record["skewness"] = [test.skewness for test in self.sat.tests]
             record["change_percent"] = [test.change_percent for test in self.sat.tests]
@@ -188,24 +204,17 @@ class FineTuner:
         return record
 
     def _batch(self) -> tuple[dict[str, Tensor], Tensor]:
-        order = np.random.default_rng(self.settings.seed).permutation(len(self.train))[: self.examples]
         indices = batch_indices(self.examples, self.settings.batch, self.step, self.settings.seed)
-        return self.train.batch(order[indices], self.device)
+        return self.train.batch(self.chosen[indices], self.device)
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
-    @torch.no_grad()
     def evaluate(self, examples: Examples) -> tuple[float, int]:
         """Share of examples classified right by the model as it is, and their number."""
-        self.model.eval()
-        right, count = 0, min(len(examples), self.settings.test_examples or len(examples))
-        for start in range(0, count, 2 * self.settings.batch):
-            stop = min(start + 2 * self.settings.batch, count)
-            inputs, labels = examples.batch(np.arange(start, stop), self.device)
-            with self._autocast():
-                right += int((self.model(**inputs).logits.argmax(-1) == labels).sum())
-        return right / count, count
+        count = min(len(examples), self.settings.test_examples or len(examples))
+        with self._autocast():
+            return accuracy(self.model, examples, 2 * self.settings.batch, self.device, count), count
 
 
 def fine_tune(settings: FineTuning, device: torch.device) -> dict:
@@ -232,7 +241,7 @@ def fine_tune(settings: FineTuning, device: torch.device) -> dict:
         "train_examples": tuner.examples,
         "steps": tuner.steps,
         "transition_step": tuner.sat.transition_step if tuner.sat else None,
-        "phase": tuner.sat.phase if tuner.sat else "dense",
+        "phase": tuner.phase,
         "losses": [round(float(record["loss"]), 4) for record in records[:: max(1, len(records) // 100)]],
         "skewness": [[round(value, 3) for value in record["skewness"]] for record in learning],
         "change_percent": [[_rounded(value) for value in record["change_percent"]] for record in learning],
@@ -252,18 +261,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 2)
 
 
-@torch.no_grad()
 def _mass_kept(tuner: FineTuner) -> list[float]:
     """Share of the attention that dense attention would put in the kept blocks, of some test examples, by layer."""
     inputs, _ = tuner.test.batch(np.arange(min(16, len(tuner.test))), tuner.device)
-    kept = [layout.entries(tuner.sat.length) for layout in tuner.sat.layouts]
     maps = attention_maps(tuner.model, inputs)
-    real = inputs.get("attention_mask", torch.ones(len(maps[0]), tuner.sat.length, device=tuner.device)).bool()
-    rows = real[:, None, :, None] / real.sum()
-    return [
-        float((attention * rows * entries).sum() / attention.shape[1])
-        for attention, entries in zip(maps, kept, strict=True)
-    ]
+    if "attention_mask" in inputs:
+        maps = [layer * inputs["attention_mask"][:, None, :, None] for layer in maps]  # queries that are padding
+    return [mass_kept(layer.sum((0, 1)), layout) for layer, layout in zip(maps, tuner.sat.layouts, strict=True)]
 
 
 # ---- the time of a step at the published sizes -----------------------------------------------------------------------
@@ -308,7 +312,7 @@ def pretrained_step(case: dict, device: torch.device) -> dict:
 
     on_cpu = device.type == "cpu"
     timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 5, calls=3 if on_cpu else 30)
-    return vars(timed) | {"peak_bytes": timing.peak_bytes(step, device), "parameters": _parameters(model)}
+    return vars(timed) | {"peak_bytes": timing.peak_bytes(step, device), "parameters": model.num_parameters()}
 
 
 def _architecture(case: dict) -> nn.Module:
@@ -328,7 +332,3 @@ def _random_inputs(case: dict, model: nn.Module, device: torch.device) -> dict[s
     mask = torch.ones_like(tokens)
     mask[:, length - length // 10 :] = 0
     return {"input_ids": tokens, "attention_mask": mask}
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

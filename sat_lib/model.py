@@ -12,7 +12,7 @@ from .baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longform
 from .errors import require
 from .layout import BlockLayout
 from .ops import attention_statistics
-from .pattern import SparsityParameter
+from .pattern import SparsityParameter, freeze
 from .reference import PRUNED_RULES, AttentionStatistics, sparse_statistics
 from .tasks import task
 
@@ -279,14 +279,9 @@ class Encoder(nn.Module):
         """
         config = self.config
         require(config.attention == "sat", f"only a 'sat' model has a sparse phase; this one is {config.attention!r}")
-        require(len(layouts) == config.layers, f"layouts: wanted {config.layers}, one per layer; got {len(layouts)}")
-        device = self.token.weight.device
-        for layer, layout in zip(self.layers, layouts, strict=True):
-            layout.check(config.heads, config.length, config.length)
-            layer.attention.layout = layout.to(device)
-        for parameter in self.sparsity_parameters:
-            parameter.requires_grad_(False)
-            parameter.weight.grad = None
+        placed = freeze(self.sparsity_parameters, layouts, config.heads, config.length)
+        for layer, layout in zip(self.layers, placed, strict=True):
+            layer.attention.layout = layout
 
     def parameter_count(self) -> int:
         """All parameters, W^P included: 160,650 for CIFAR-10 as published."""

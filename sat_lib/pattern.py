@@ -1,5 +1,7 @@
 """Rules that yield layouts: R~ = W^P (W^P)^T with its loss and generator, static patterns; and diagnostics."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,9 @@ class SparsityParameter(nn.Module):
         return (product + product.T) / 2
 
 
+LOSS_WEIGHT = 0.01  # per layer, of the sparsity losses beside the task loss, as released
+
+
 def sparsity_loss(parameter: SparsityParameter, pooled: Tensor) -> Tensor:
     """Mean square of R_n - R~_n over the N x N blocks; the gradient reaches W^P only.
 
@@ -44,6 +49,31 @@ def sparsity_loss(parameter: SparsityParameter, pooled: Tensor) -> Tensor:
     the gradients are the same.
     """
     return F.mse_loss(parameter(), pooled.detach())
+
+
+def model_sparsity_loss(parameters: Iterable[SparsityParameter], pooled: Iterable[Tensor]) -> Tensor:
+    """The sum of `sparsity_loss` over the layers, without its weight: `LOSS_WEIGHT` x layers."""
+    return sum(sparsity_loss(parameter, target) for parameter, target in zip(parameters, pooled, strict=True))
+
+
+def freeze(
+    parameters: Sequence[SparsityParameter], layouts: Sequence[BlockLayout], heads: int, length: int
+) -> list[BlockLayout]:
+    """End the learning of W^P: the layouts, one per layer, on the parameters' device, for the sparse phase.
+
+    Raises:
+        InputError: another number of layouts, or one that doesn't fit the heads or the length. Nothing is frozen then.
+    """
+    require(
+        len(layouts) == len(parameters),
+        f"layouts: wanted {len(parameters)}, one per layer; got {len(layouts)}",
+    )
+    for layout in layouts:
+        layout.check(heads, length, length)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.weight.grad = None
+    return [layout.to(parameter.weight.device) for layout, parameter in zip(layouts, parameters, strict=True)]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from .attention import get_attention
 from .errors import InputError, require
 from .layout import BlockLayout
 from .ops import attention_statistics
-from .pattern import SparsityParameter, generate_layout, sparsity_loss
+from .pattern import LOSS_WEIGHT, SparsityParameter, freeze, generate_layout, model_sparsity_loss
 from .reference import PRUNED_RULES, AttentionStatistics
 from .transition import LayerTest, TransitionRule
 
@@ -292,9 +292,8 @@ class SparseAttention(nn.Module):
         """
         if self.layouts is not None:
             return torch.zeros((), device=self.sparsity[0].weight.device)
-        seen = self._statistics()
-        losses = [sparsity_loss(parameter, layer.pooled) for parameter, layer in zip(self.sparsity, seen, strict=True)]
-        return 0.01 * len(losses) * sum(losses)
+        pooled = [layer.pooled for layer in self._statistics()]
+        return LOSS_WEIGHT * len(pooled) * model_sparsity_loss(self.sparsity, pooled)
 
     def _statistics(self) -> list[AttentionStatistics]:
         require(
@@ -333,18 +332,9 @@ class SparseAttention(nn.Module):
         Raises:
             InputError: they don't fit the layers or their length.
         """
-        require(
-            len(layouts) == len(self.sparsity),
-            f"layouts: wanted {len(self.sparsity)}, one per layer; got {len(layouts)}",
-        )
-        device = self.sparsity[0].weight.device
-        for layout in layouts:
-            layout.check(self.heads, self.length, self.length)
-        self.layouts, self.transition_step = [layout.to(device) for layout in layouts], self.steps
+        self.layouts = freeze(self.sparsity, layouts, self.heads, self.length)
+        self.transition_step = self.steps
         self.rule = TransitionRule(self.rule.theta, self.rule.delta)  # done; its maps needn't be kept
-        for parameter in self.sparsity:
-            parameter.requires_grad_(False)
-            parameter.weight.grad = None
 
     def detach(self) -> None:
         """Give the model its former attention back."""
@@ -411,7 +401,8 @@ def _attention(
         f"model: wanted self-attention, as many keys as queries and heads; got queries "
         f"{tuple(query.shape)} and keys {tuple(key.shape)} in {name}",
     )
-    unknown = [key for key, value in more.items() if key not in HARMLESS and value is not None and value is not False]
+    given = {argument for argument, value in more.items() if value is not None and value is not False}
+    unknown = sorted(given - set(HARMLESS))
     require(not unknown, f"model: {name} wants attention with {', '.join(unknown)}, which SAT's can't do")
     out = sat.attend(module, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None

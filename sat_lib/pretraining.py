@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import datasets, files, timing
 from .errors import require
+from .finetuning import Images, accuracy
 from .pretrained import pixels
 from .runs import load_checkpoint, save_checkpoint
 from .tasks import task
@@ -99,11 +100,11 @@ def pretrain(settings: Pretraining, folder: Path, work: Path, device: torch.devi
         model.half().float()  # accuracies are those of the weights as they are shipped
         result = {
             "settings": asdict(settings),
-            "dev_accuracy": _accuracy(model, data.dev, device),
+            "dev_accuracy": accuracy(model, Images(data.dev, SIDE, 1), 500, device),
             "dev_examples": len(data.dev),
-            "test_accuracy": _accuracy(model, data.test, device),
+            "test_accuracy": accuracy(model, Images(data.test, SIDE, 1), 500, device),
             "test_examples": len(data.test),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": model.num_parameters(),
             "seconds": round(seconds),
             "train_examples": len(data.train),
             **provenance,
@@ -178,7 +179,7 @@ def _train_step(model, optimiser, split, settings: Pretraining, step: int, steps
 def augment(images: Tensor, erased: int, random: np.random.Generator) -> Tensor:
     """Shift (b, 1, S, S) images by up to 4 pixels, mirror half of them, and blank one square of side `erased` in each.
 
-    What moves in is black (-1), as is what is blanked gray (0).
+    What moves in from outside is black (-1), what is blanked is gray (0).
     """
     count, _, side, _ = images.shape
     draw = lambda high: torch.as_tensor(random.integers(0, high, (count, 1)), device=images.device)
@@ -192,15 +193,6 @@ def augment(images: Tensor, erased: int, random: np.random.Generator) -> Tensor:
     top, left = draw(side - erased + 1), draw(side - erased + 1)
     inside = [(place >= edge) & (place < edge + erased) for edge in (top, left)]
     return moved.masked_fill(inside[0][:, :, None] & inside[1][:, None, :], 0.0)[:, None]
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, split, device: torch.device) -> float:
-    right = 0
-    for start in range(0, len(split), 500):
-        tokens, labels = to_device(split, np.arange(start, min(start + 500, len(split))), device)
-        right += int((model(pixel_values=pixels(tokens)).logits.argmax(-1) == labels).sum())
-    return right / len(split)
 
 
 def _write(model: nn.Module, result: dict, folder: Path) -> None:
@@ -221,14 +213,13 @@ def model_card(result: dict) -> str:
     """README.md of the shipped model: what it is, from what, how good."""
     settings, stamp = result["settings"], result["stamp"]
     official = "the official archive" if result["data_official"] else "files without the official archive's checksum"
-    chance = f"{settings['mixup']}, label smoothing {settings['smoothing']}"
     lines = {
         "data": f"CIFAR-10 in gray as sat_lib tokenises it, {result['train_examples']:,} training images ({official})",
         "length": f"{settings['epochs']} epochs of batches of {settings['batch']}, {result['seconds']} s",
         "optimiser": f"AdamW, rate {settings['rate']}, weight decay {settings['weight_decay']}, bfloat16 autocast",
         "rate": f"{settings['warm_up']} steps of warm-up, then cosine to 0",
         "augmentation": f"shifts by up to 4 pixels, mirroring, {settings['erased']} x {settings['erased']} pixels "
-        f"blanked, mixup {chance}",
+        f"blanked, mixup {settings['mixup']}, label smoothing {settings['smoothing']}",
         "test accuracy": f"{result['test_accuracy']:.2%} of {result['test_examples']:,} images, as shipped",
         "dev accuracy": f"{result['dev_accuracy']:.2%} of {result['dev_examples']:,} images; the last step is kept",
         "made by": f"`python -m sat_lib pretrain` at commit {stamp['commit']}, seed {settings['seed']}",

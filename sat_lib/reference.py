@@ -296,6 +296,17 @@ class AttentionStatistics(NamedTuple):
     pooled: Tensor  # (R, C), its average over blocks
 
 
+def attention_map(q: Tensor, k: Tensor, key_padding_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """The dense map `A^s`, written out: (B, H, Lq, Lk), float32 or wider. Padding keys weigh 0; a query without any
+    real key is a row of zeros. Arguments as for `sddmm`."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(~key_padding_mask[:, None, None], -torch.inf)
+    attention = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return attention if key_padding_mask is None else attention.nan_to_num(nan=0.0)
+
+
 @torch.no_grad()
 def attention_statistics(
     q: Tensor, k: Tensor, block: int, *, key_padding_mask: Tensor | None = None, scale: float | None = None
@@ -309,21 +320,14 @@ def attention_statistics(
         q: (B, H, Lq, D), k: (B, H, Lk, D), key_padding_mask (B, Lk) bool as for attention; block: side of the blocks.
     """
     check_attention_inputs(q, k, k, key_padding_mask)
-    batch, heads, queries, size = q.shape
+    batch, heads, queries, _ = q.shape
     keys = k.shape[2]
-    scale = 1 / math.sqrt(size) if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    total = torch.zeros(queries, keys, dtype=wide, device=q.device)
+    total = torch.zeros(queries, keys, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     chunk = max(1, 2**24 // (heads * queries * keys))
     for start in range(0, batch, chunk):
         part = slice(start, start + chunk)
-        scores = (q[part] * scale) @ k[part].transpose(-1, -2)
-        if key_padding_mask is not None:
-            scores = scores.masked_fill(~key_padding_mask[part, None, None], -torch.inf)
-        attention = scores.softmax(-1, dtype=wide)
-        if key_padding_mask is not None:
-            attention = attention.nan_to_num(nan=0.0)
-        total += attention.sum((0, 1))
+        mask = None if key_padding_mask is None else key_padding_mask[part]
+        total += attention_map(q[part], k[part], mask, scale).sum((0, 1))
     mean_map = total / (batch * heads)
     return AttentionStatistics(mean_map, pool_blocks(mean_map, block))
 

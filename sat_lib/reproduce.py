@@ -29,9 +29,10 @@ TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # names that files.atomic
 
 
 def _figure(name: str, look: str, minutes: float, *tables: str, experiments: tuple[str, ...] = ()) -> Stage:
-    figure = tuple(f"{name}.{kind}" for kind in ("pdf", "png", "csv", "json"))
+    outputs = [f"{name}.{kind}" for kind in ("pdf", "png", "csv", "json")]
+    outputs += [f"{table}.{kind}" for table in tables for kind in ("csv", "md")]
     rows = tuple(f"data/results/{experiment}.jsonl" for experiment in experiments or (name[3:],))
-    return Stage(name, figure + tables, look, minutes, rows=rows)
+    return Stage(name, tuple(outputs), look, minutes, rows=rows)
 
 
 STAGES = (
@@ -40,8 +41,7 @@ STAGES = (
         "Attention maps of a ViT and a BERT while they are fine-tuned: many entries near 0, the rhythm of the patch "
         "grid in images, a thick diagonal in text; the untrained models' maps are nearly even but for padding.",
         1,
-        "01_motivation_table.csv",
-        "01_motivation_table.md",
+        "01_motivation_table",
     ),
     _figure(
         "02_training",
@@ -54,15 +54,13 @@ STAGES = (
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
         4,
-        "03_accuracy_table.csv",
-        "03_accuracy_table.md",
+        "03_accuracy_table",
     ),
     _figure(
         "04_step_time",
         "Time of a training step by method (published: BigBird takes 2.45 to 2.84 times as long as SAT).",
         1,
-        "04_step_time_table.csv",
-        "04_step_time_table.md",
+        "04_step_time_table",
         experiments=("step",),
     ),
     _figure(
@@ -97,10 +95,8 @@ STAGES = (
         "Test accuracy of pretrained models fine-tuned dense and with SAT, by density, and the time of a step "
         "(published: SAT also serves for fine-tuning; no numbers).",
         2,
-        "09_finetuning_table.csv",
-        "09_finetuning_table.md",
-        "09_finetuning_steps.csv",
-        "09_finetuning_steps.md",
+        "09_finetuning_table",
+        "09_finetuning_steps",
         experiments=("finetuning", "pretrained_step"),
     ),
 )

@@ -11,7 +11,7 @@ from .datasets import Split, Splits
 from .errors import InputError, require
 from .layout import BlockLayout
 from .model import Encoder
-from .pattern import generate_layout, sparsity_loss
+from .pattern import LOSS_WEIGHT, generate_layout, model_sparsity_loss
 from .recipes import RunConfig, config_from_dict
 from .reference import pool_blocks
 from .transition import TransitionRule
@@ -87,8 +87,9 @@ class Trainer:
             output = self.model(tokens, statistics=learning)
             loss = total = F.cross_entropy(output.logits.float(), labels)
         if learning:
-            pattern_loss = self._pattern_loss([seen.pooled for seen in output.statistics])
-            total = loss + 0.01 * self.config.model.layers * pattern_loss
+            pooled = [seen.pooled for seen in output.statistics]
+            pattern_loss = model_sparsity_loss(self.model.sparsity_parameters, pooled)
+            total = loss + LOSS_WEIGHT * self.config.model.layers * pattern_loss
             record["sparsity_loss"] = pattern_loss.item()
         self._descend(total)
         record["loss"] = loss.detach()
@@ -104,10 +105,6 @@ class Trainer:
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.recipe.precision == "bf16")
-
-    def _pattern_loss(self, pooled: list[Tensor]) -> Tensor:
-        parameters = self.model.sparsity_parameters
-        return sum(sparsity_loss(parameter, target) for parameter, target in zip(parameters, pooled, strict=True))
 
     def _descend(self, loss: Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)
