@@ -5,6 +5,8 @@ A row is {"experiment", "case", "result", "stamp"}, one JSON line, written as so
 again. Rows of the `smoke` profile lie in runs/smoke and count only for the source text they were measured with.
 """
 
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +16,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import benchmarks, comparison, datasets, files, finetuning, motivation, peers, runs, sentence_pairs, timing
+from . import (
+    benchmarks,
+    comparison,
+    datasets,
+    distributed,
+    files,
+    finetuning,
+    motivation,
+    peers,
+    runs,
+    sentence_pairs,
+    timing,
+)
 from .attention import ATTENTION
 from .baselines import BASELINES, IMPLEMENTATIONS
 from .errors import require
@@ -85,6 +99,24 @@ def accuracy_cases(profile: str) -> list[dict]:
     ]
 
 
+SHORT_RUN = {"steps": 1_000, "eval_every": 50}
+
+
+def short_cases(profile: str) -> list[dict]:
+    """IMDB, and the text sets of the paper, in 1,000 steps instead of 30,000; three seeds.
+
+    For what a user has of these sets: a part of AG News or Yelp is learnt by heart in fewer steps still.
+    """
+    names, seeds = (("docstrings",), 1) if profile == "smoke" else (("imdb", "agnews", "yelp"), 3)
+    changes = {} if profile == "smoke" else SHORT_RUN
+    return [
+        _run_case(name, attention, seed, profile, **changes)
+        for seed in range(seeds)
+        for name in names
+        for attention in ATTENTION
+    ]
+
+
 def ablation_cases(profile: str) -> list[dict]:
     """One setting changed at a time; the first value of each is the task's own."""
     name = "digits16" if profile == "smoke" else "cifar10"
@@ -113,7 +145,8 @@ def train(case: dict, context: Context) -> dict:
     result = runs.fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
-        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters", "seconds")},
+        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters", "seconds", "step")},
+        "processes": result["processes"],
         "dense_best": result["best"].get("dense"),
         "sparse_best": result["best"].get("sparse"),
         "test_examples": result["best"][result["phase"]]["test_examples"],
@@ -138,21 +171,25 @@ def _thinned(metrics: list[dict]) -> list[dict]:
 
 # ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
 
-# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase.
+# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase. "plain" kinds take
+# PyTorch's modules one by one, as the layers of transformers do, which the fast step isn't made for.
 STEP_KINDS = {
     "sat, sparse phase": ("sat", "kernel", {}),
     "sat, dense phase": ("sat", "kernel", {}),
     "dense": ("dense", "sdpa", {}),
     "longformer, kernel": ("longformer", "kernel", {}),
     "longformer, library": ("longformer", "library", {}),
-    "longformer, transformers": ("longformer", "transformers", {}),
     "longformer D = 2, kernel": ("longformer", "kernel", {"dilation": 2}),
     "longformer D = 2, library": ("longformer", "library", {"dilation": 2}),
     "bigbird, kernel": ("bigbird", "kernel", {}),
     "bigbird, library": ("bigbird", "library", {}),
-    "bigbird, transformers": ("bigbird", "transformers", {}),
     "lsg, kernel": ("lsg", "kernel", {}),
     "lsg, library": ("lsg", "library", {}),
+    "sat, sparse phase, plain": ("sat", "kernel", {}),
+    "sat, dense phase, plain": ("sat", "kernel", {}),
+    "dense, plain": ("dense", "sdpa", {}),
+    "longformer, transformers": ("longformer", "transformers", {}),
+    "bigbird, transformers": ("bigbird", "transformers", {}),
 }
 
 
@@ -168,9 +205,11 @@ def step_cases(profile: str) -> list[dict]:
             "model": model,
             "batch": 4 if smoke else 512,
             "precision": "fp32" if smoke else "bf16",
+            "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
         }
         for name in (("cifar10", "agnews") if smoke else PAPER_TASKS)
         for kind, (attention, implementation, model) in STEP_KINDS.items()
+        if not (smoke and kind.endswith("plain"))  # all are, there
     ]
 
 
@@ -178,7 +217,8 @@ def step_time(case: dict, context: Context) -> dict:
     """Time and peak memory of whole training steps on random tokens of a task's shape, which lie on the device.
 
     A step is forward, backward, clipping and optimiser, and in SAT's dense phase the statistics and the transition
-    test. "error" in place of numbers where the memory isn't enough for a layer of transformers.
+    test. "error" in place of numbers where the memory isn't enough for a layer of transformers. The memory is that of
+    the second step, before a fast step is captured: a graph keeps what it needs, and allocates nothing any more.
     """
     device, on_cpu = context.device, context.device.type == "cpu"
     trainer, batch = _step_trainer(case, device)
@@ -187,8 +227,10 @@ def step_time(case: dict, context: Context) -> dict:
         result["transformers"] = peers.transformers_version()
     step = partial(trainer.train_step, batch)
     try:
-        timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 3, calls=5 if on_cpu else 30)
-        return result | vars(timed) | {"peak_bytes": timing.peak_bytes(step, device)}
+        step()
+        memory = {"peak_bytes": timing.peak_bytes(step, device)}
+        timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 4, calls=5 if on_cpu else 30)
+        return result | vars(timed) | memory
     except torch.OutOfMemoryError as error:
         if case["implementation"] != "transformers":
             raise
@@ -213,13 +255,13 @@ def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torc
         switch_at=10**9,
     )
     data = _random_splits(case["task"], case["batch"])
-    trainer = Trainer(config, data, device)
+    trainer = Trainer(config, data, device, case["step"])
     if case["implementation"] == "transformers":
         peers.use_transformers(trainer.model)
     batch = to_device(data.train, np.arange(case["batch"]), device)
-    if case["kind"] == "sat, sparse phase":
+    if case["kind"].startswith("sat, sparse phase"):
         trainer.train_step(batch)
-        trainer.enter_sparse_phase(trainer.rule.maps)
+        trainer.enter_sparse_phase(list(trainer.rule.maps))
     return trainer, batch
 
 
@@ -358,6 +400,7 @@ def _on_device(measure: Callable[[dict, torch.device], dict]) -> Callable[[dict,
 EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Context], dict]]] = {
     "training": (training_cases, train),
     "accuracy": (accuracy_cases, train),
+    "accuracy_short": (short_cases, train),
     "ablations": (ablation_cases, train),
     "step": (step_cases, step_time),
     "patterns": (pattern_cases, patterns),
@@ -367,6 +410,56 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "kernels": (benchmarks.kernel_cases, _on_device(benchmarks.kernel_time)),
     "attention": (benchmarks.attention_cases, _on_device(benchmarks.attention_time)),
 }
+
+
+def select(
+    name: str, profile: str, *, device: str = "auto", only: dict | None = None, root: Path = files.ROOT
+) -> tuple[Context, list[dict]]:
+    """Where an experiment is run, and the cases of it that are wanted; see `rows` for the arguments.
+
+    Raises:
+        InputError: an unknown experiment or profile, no such device, or no case has the values of `only`.
+    """
+    require(name in EXPERIMENTS, f"experiment: wanted one of {sorted(EXPERIMENTS)}; got {name!r}")
+    require(profile in PROFILES, f"profile: wanted one of {PROFILES}; got {profile!r}")
+    context = Context(profile, timing.pick_device(device), Path(root), files.source_digest("experiments"))
+    wanted = [case for case in EXPERIMENTS[name][0](profile) if (only or {}).items() <= _plain(case).items()]
+    require(wanted, f"only: no case of {name} at the {profile} profile has {only}")
+    return context, wanted
+
+
+def unmeasured(name: str, cases: list[dict], context: Context, devices: set[str]) -> list[dict]:
+    """Those of the cases that have no row from any of the devices."""
+    stored = _stored(name, context)
+    found = {digest for device in devices for digest in _by_case(stored, device)}
+    return [case for case in cases if files.digest(case) not in found]
+
+
+def measure_case(name: str, case: dict, context: Context) -> dict:
+    """Measure one case and append its row. Of processes that measure it together the first one writes."""
+    start = time.perf_counter()
+    row = {"experiment": name, "case": case, "result": EXPERIMENTS[name][1](case, context)}
+    taken = {"wall_seconds": round(time.perf_counter() - start, 1)}
+    row |= {"stamp": timing.stamp(context.device) | taken, "code": context.code}
+    if distributed.rank() == 0:
+        device = row["stamp"]["device"]
+        path = _path(name, context)
+        append_once(path, row, lambda: files.digest(case) in _by_case(_stored(name, context), device))
+    return row
+
+
+def append_once(path: Path, row: dict, there: Callable[[], bool]) -> None:
+    """Append a row unless `there()`; processes that end at the same time do so one after another."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(None):  # having to wait for milliseconds is no news
+            stack.enter_context(files.lock(path, f"writing {path}", wait=True))
+        if not there():
+            files.append_row(path, row)
+
+
+def run_folder(case: dict, context: Context) -> Path | None:
+    """The folder of the training run that a case stands for; None of a case that isn't one."""
+    return context.training_folder / case_config(case).name if "recipe" in case else None
 
 
 def rows(
@@ -393,33 +486,37 @@ def rows(
     Raises:
         InputError: an unknown experiment or profile, or what the measurement says.
     """
-    require(name in EXPERIMENTS, f"experiment: wanted one of {sorted(EXPERIMENTS)}; got {name!r}")
-    require(profile in PROFILES, f"profile: wanted one of {PROFILES}; got {profile!r}")
-    context = Context(profile, timing.pick_device(device), Path(root), files.source_digest("experiments"))
-    cases, measurement = EXPERIMENTS[name]
-    path = context.rows_folder / f"{name}.jsonl"
-    wanted = [case for case in cases(profile) if (only or {}).items() <= _plain(case).items()]
-    require(wanted, f"only: no case of {name} at the {profile} profile has {only}")
-    stored = [row for row in files.read_rows(path) if profile == "paper" or row["code"] == context.code]
+    context, wanted = select(name, profile, device=device, only=only, root=root)
+    stored = _stored(name, context)
     found = _by_case(stored, timing.device_name(context.device) if measure else _main_device(stored))
-    if measure:
-        todo = [case for case in wanted if files.digest(case) not in found]
-        for number, case in enumerate(todo, 1):
-            if report:
-                values = ", ".join(f"{key} {value}" for key, value in _plain(case).items())
-                print(f"{name} {number}/{len(todo)}: {values}", flush=True)
-            row = {"experiment": name, "case": case, "result": measurement(case, context)}
-            row |= {"stamp": timing.stamp(context.device), "code": context.code}
-            files.append_row(path, row)
-            found[files.digest(case)] = row
+    todo = distributed.from_first([case for case in wanted if measure and files.digest(case) not in found])
+    for number, case in enumerate(todo, 1):
+        if report:
+            print(f"{name} {number}/{len(todo)}: {describe(case)}", flush=True)
+        found[files.digest(case)] = measure_case(name, case, context)
     kept = [found[files.digest(case)] for case in wanted if files.digest(case) in found]
     frame = pd.DataFrame([_flat(row) for row in kept])
     frame.attrs["missing"] = len(wanted) - len(kept)
     return frame
 
 
+def describe(case: dict) -> str:
+    """A case in words, for a line on the terminal."""
+    return ", ".join(f"{key} {value}" for key, value in _plain(case).items())
+
+
 def _plain(case: dict) -> dict:
     return {name: value for name, value in case.items() if not isinstance(value, dict)}
+
+
+def _path(name: str, context: Context) -> Path:
+    return context.rows_folder / f"{name}.jsonl"
+
+
+def _stored(name: str, context: Context) -> list[dict]:
+    """The rows that count at a profile."""
+    stored = files.read_rows(_path(name, context))
+    return [row for row in stored if context.profile == "paper" or row["code"] == context.code]
 
 
 def _by_case(stored: list[dict], device: str | None) -> dict[str, dict]:

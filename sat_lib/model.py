@@ -1,5 +1,6 @@
 """The encoder of the paper: embeddings, pre-norm layers, masked mean, two-layer head. Released sizes by default."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .attention import get_attention
 from .baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
 from .errors import require
+from .layer_ops import after_attention, before_attention, check_fusable, embed, masked_mean
 from .layout import BlockLayout
 from .ops import attention_statistics
 from .pattern import SparsityParameter, freeze
@@ -155,14 +157,26 @@ class SelfAttention(nn.Module):
         return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, AttentionStatistics | None]:
-        q, k, v = self.heads(x)
-        more = {} if self.layout is None else {"layout": self.layout}
+        more = {}
         if self.global_projections is not None:
             inputs = zip(self.global_projections, (x[:, :1], x, x), strict=True)
             more["global_qkv"] = tuple(self._split_heads(linear(part)) for linear, part in inputs)
-        out = self.attend(q, k, v, key_padding_mask=mask, **more)
-        seen = self.statistics(q, k, mask) if statistics else None
-        return self.out(out.transpose(1, 2).flatten(2)), seen
+        out, seen = self._join(self.heads(x), mask, statistics, **more)
+        return self.out(out), seen
+
+    def fused(
+        self, x: Tensor, norm: nn.LayerNorm, mask: Tensor | None, statistics: bool
+    ) -> tuple[Tensor, Tensor, AttentionStatistics | None]:
+        """x to go on with; the heads' results of norm(x) side by side, (B, L, width), which `out` doesn't project."""
+        *qkv, x = before_attention(x, norm, (self.query, self.key, self.value))
+        return x, *self._join([self._split_heads(part) for part in qkv], mask, statistics)
+
+    def _join(self, qkv: Sequence[Tensor], mask: Tensor | None, statistics: bool, **more):
+        if self.layout is not None:
+            more["layout"] = self.layout
+        out = self.attend(*qkv, key_padding_mask=mask, **more)
+        seen = self.statistics(*qkv[:2], mask) if statistics else None
+        return out.transpose(1, 2).flatten(2), seen
 
     def statistics(self, q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionStatistics:
         """Batch-and-head mean of `A^s` in the dense phase, of `S^s` in the sparse phase."""
@@ -172,7 +186,9 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). For `fused` see `Encoder.fuse`."""
+
+    fused = False
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -189,6 +205,11 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, AttentionStatistics | None]:
+        if self.fused:
+            x, attended, seen = self.attention.fused(x, self.norm_attention, mask, statistics)
+            up, _, _, down, drop = self.feed_forward
+            dropout = drop.p if self.training else 0.0
+            return after_attention(x, attended, self.attention.out, self.norm_feed_forward, up, down, dropout), seen
         attended, seen = self.attention(self.norm_attention(x), mask, statistics)
         x = x + self.dropout(attended)
         return x + self.feed_forward(self.norm_feed_forward(x)), seen
@@ -210,6 +231,8 @@ class Encoder(nn.Module):
     LSG prepends a learned token (of the width's size, without a position), the global one, to the sequence. Behind the
     last layer it takes the place of position 0, as in the published code; where that is padding, it drops out with it.
     """
+
+    fused = compiled = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -246,19 +269,32 @@ class Encoder(nn.Module):
         )
         real = tokens != 0  # (B, L)
         mask = real if self.config.masked_attention else None
-        x = self.token(tokens) + self.position.weight
-        if self.global_token is not None:
-            x = torch.cat([self.global_token.expand(len(x), -1, -1), x], 1)
-            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-        x = self.dropout(x)
+        x = self._embed(tokens)
+        if self.global_token is not None and mask is not None:
+            mask = F.pad(mask, (1, 0), value=True)
         seen = []
         for layer in self.layers:
             x, layer_statistics = layer(x, mask, statistics)
             seen.append(layer_statistics)
         if self.global_token is not None:
             x = torch.cat([x[:, :1], x[:, 2:]], 1)
-        x = self.norm(x) * real[..., None]
-        return Output(self.head(x.mean(1)), seen if statistics else [])
+        if self.fused:
+            mean = masked_mean(x, real, self.norm, compiled=self.compiled and self.training)
+        else:
+            mean = (self.norm(x) * real[..., None]).mean(1)
+        return Output(self.head(mean), seen if statistics else [])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, L, width), LSG's global token before them."""
+        if self.fused:
+            dropout, compiled = self.dropout.p if self.training else 0.0, self.compiled and self.training
+            return embed(
+                tokens, self.token.weight, self.position.weight, self.global_token, dropout, compiled=compiled
+            )
+        x = self.token(tokens) + self.position.weight
+        if self.global_token is not None:
+            x = torch.cat([self.global_token.expand(len(x), -1, -1), x], 1)
+        return self.dropout(x)
 
     @property
     def layouts(self) -> list[BlockLayout] | None:
@@ -282,6 +318,25 @@ class Encoder(nn.Module):
         placed = freeze(self.sparsity_parameters, layouts, config.heads, config.length)
         for layer, layout in zip(self.layers, placed, strict=True):
             layer.attention.layout = layout
+
+    def fuse(self, *, compiled: bool) -> None:
+        """Compute with the operators of `layer_ops` from now on, under bfloat16 autocast.
+
+        The parameters stay what they are. Results differ by rounding, and by the masks that dropout draws.
+
+        Args:
+            compiled: whether what is left to PyTorch goes through torch.compile in training.
+
+        Raises:
+            InputError: the operators aren't made for this model or device.
+        """
+        config = self.config
+        check_fusable(config.width, config.hidden, config.vocab, self.token.weight.device)
+        for layer in self.layers:
+            plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
+            require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
+            layer.fused = True
+        self.fused, self.compiled = True, compiled
 
     def parameter_count(self) -> int:
         """All parameters, W^P included: 160,650 for CIFAR-10 as published."""

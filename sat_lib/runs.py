@@ -6,6 +6,7 @@
     result.json      written last: the run is finished
 """
 
+import contextlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import files, timing
+from . import distributed, files, timing
 from .datasets import Splits
 from .errors import InputError, require
 from .layout import BlockLayout
@@ -26,7 +27,7 @@ from .recipes import RunConfig, config_from_dict
 from .train import Trainer, batch_indices, check_same_config
 
 CHECKPOINT_SECONDS = 30
-SPARSE_LOOK_EVERY = 20  # steps between looks at the loss where nothing else needs it: each look waits for the GPU
+LOOK_EVERY = 20  # steps between looks at the losses where nothing else needs them: each look waits for the GPU
 
 
 class NonFiniteLoss(RuntimeError):
@@ -42,12 +43,17 @@ def fit(
     progress: bool = True,
     stop_at: int | None = None,
     snapshots: tuple[int, ...] = (),
+    step: str = "auto",
 ) -> dict | None:
     """Train to the end, or go on where an earlier process stopped; a finished run is read, not repeated.
+
+    Processes that were joined (see `distributed`) all call this, with a folder that all of them can read; process 0
+    writes. Another number of processes may go on with a run.
 
     Args:
         folder: the run's own folder, made if need be. stop_at: save and return None at this step. snapshots: keep the
             model as it is after so many steps (0: before the first) in files of their own, see `snapshot_path`.
+        step: "auto", "fast" or "plain", see `train.Trainer`.
 
     Returns:
         The content of result.json.
@@ -61,24 +67,28 @@ def fit(
     folder = Path(folder)
     beyond = [step for step in snapshots if not 0 <= step <= config.recipe.steps]
     require(not beyond, f"snapshots: wanted steps from 0 to {config.recipe.steps}; got {beyond}")
-    with files.lock(folder / "lock", f"training in {folder}"):
-        if (folder / "config.json").exists():
-            check_same_config(json.loads((folder / "config.json").read_text()), config)
-        else:
-            files.write_json(folder / "config.json", config.as_dict())
-        if (folder / "result.json").exists():
+    with contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            stack.enter_context(files.lock(folder / "lock", f"training in {folder}"))
+            if (folder / "config.json").exists():
+                check_same_config(json.loads((folder / "config.json").read_text()), config)
+            else:
+                files.write_json(folder / "config.json", config.as_dict())
+        finished = folder / "result.json"
+        result = distributed.from_first(json.loads(finished.read_text()) if finished.exists() else None)
+        if result is not None:
             _check_snapshots(folder, snapshots)
-            return json.loads((folder / "result.json").read_text())
-        run = _Run(config, data, folder, device)
+            return result
+        run = _Run(config, data, folder, device, step)
         _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
-        with tqdm(**run.bar_settings(progress)) as bar:
-            while run.trainer.step < config.recipe.steps:
-                if run.trainer.step in snapshots:
-                    run.save_model(snapshot_path(folder, run.trainer.step))
-                if run.trainer.step == stop_at:
-                    run.save(bar)
-                    return None
-                run.advance(bar)
+        bar = stack.enter_context(tqdm(**run.bar_settings(progress and distributed.rank() == 0)))
+        while run.trainer.step < config.recipe.steps:
+            if run.trainer.step in snapshots:
+                run.save_model(snapshot_path(folder, run.trainer.step))
+            if run.trainer.step == stop_at:
+                run.save(bar)
+                return None
+            run.advance(bar)
         if config.recipe.steps in snapshots:
             run.save_model(snapshot_path(folder, config.recipe.steps))
         return run.finish()
@@ -99,11 +109,12 @@ def _check_snapshots(folder: Path, steps: Iterable[int]) -> None:
 
 
 class _Run:
-    """A trainer with its folder."""
+    """A trainer with its folder. Of several processes, process 0 writes."""
 
-    def __init__(self, config: RunConfig, data: Splits, folder: Path, device: torch.device):
+    def __init__(self, config: RunConfig, data: Splits, folder: Path, device: torch.device, step: str):
         self.config, self.data, self.folder, self.device = config, data, folder, device
-        self.trainer = Trainer(config, data, device)
+        self.writes = distributed.rank() == 0
+        self.trainer = Trainer(config, data, device, step)
         self.best: dict[str, dict] = {}
         self.seconds = {"dense": 0.0, "sparse": 0.0}
         if (folder / "last.pt").exists():
@@ -111,7 +122,8 @@ class _Run:
             self.trainer.load_state_dict(state["trainer"])
             self.best, self.seconds = state["best"], state["seconds"]
         self.metrics = folder / "metrics.jsonl"
-        self._forget_metrics_after(self.trainer.step)
+        if self.writes:
+            self._forget_metrics_after(self.trainer.step)
         self.pending: list[dict] = []
         self.saved_at = time.monotonic()
 
@@ -132,32 +144,44 @@ class _Run:
         self.pending.append(self.trainer.train_step())
         due = self.trainer.step % recipe.eval_every == 0 or self.trainer.step == recipe.steps
         switched = self.trainer.transition_step == self.trainer.step - 1
-        if phase == "dense" or due or len(self.pending) >= SPARSE_LOOK_EVERY:
+        looks = due or switched or len(self.pending) >= LOOK_EVERY
+        if looks:
             self.flush(bar)
         self.seconds[phase] += time.perf_counter() - start
         bar.update()
         if due:
             self.evaluate()
-        if due or switched or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+        if due or switched or ((looks or distributed.size() == 1) and self._late()):
             self.save(bar)
+
+    def _late(self) -> bool:
+        """Whether a checkpoint is due by the clock, process 0's."""
+        return distributed.from_first(time.monotonic() - self.saved_at > CHECKPOINT_SECONDS)
 
     def flush(self, bar: tqdm) -> None:
         """Look at the pending losses, stop at one that isn't finite, write the lines."""
         for record in self.pending:
-            record["loss"] = float(record["loss"])
+            for name in ("loss", "sparsity_loss"):
+                if name in record:
+                    record[name] = float(record[name])
             if not math.isfinite(record["loss"] + record.get("sparsity_loss", 0.0)):
                 self._stop_at_non_finite(record)
-        with self.metrics.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self.pending)
+        self._write_metrics(self.pending)
         if self.pending:
             bar.set_postfix(_bar_text(self.pending[-1]), refresh=False)
         self.pending = []
+
+    def _write_metrics(self, records: list[dict]) -> None:
+        if self.writes:
+            with self.metrics.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
     def _stop_at_non_finite(self, record: dict) -> None:
         recipe, step = self.config.recipe, record["step"]
         indices = batch_indices(len(self.data.train), recipe.batch, step, recipe.seed).tolist()
         report = {"step": step, "phase": record["phase"], "loss": str(record["loss"]), "batch_indices": indices}
-        files.write_json(self.folder / "nonfinite.json", report)
+        if self.writes:
+            files.write_json(self.folder / "nonfinite.json", report)
         raise NonFiniteLoss(
             f"the loss became {record['loss']} at step {step} ({record['phase']} phase). The batch's indices are in "
             f"{self.folder / 'nonfinite.json'}; the last checkpoint is from before. Lower the rate or look at the batch"
@@ -167,8 +191,7 @@ class _Run:
         """Dev accuracy; the best of each phase is kept with the layouts it was reached under."""
         score, trainer = self.trainer.evaluate(self.data.dev), self.trainer
         record = {"step": trainer.step, "phase": trainer.phase, "dev_accuracy": score.accuracy, "dev_loss": score.loss}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._write_metrics([record])
         if score.accuracy > self.best.get(trainer.phase, {"dev_accuracy": -1})["dev_accuracy"]:
             self.best[trainer.phase] = {"step": trainer.step, "dev_accuracy": score.accuracy}
             self.save_model(self.folder / f"best-{trainer.phase}.pt")
@@ -176,13 +199,19 @@ class _Run:
     def save_model(self, path: Path) -> None:
         """What `load_model` needs, and the step."""
         state = self.trainer.state_dict()
-        save_checkpoint(path, {name: state[name] for name in ("config", "step", "model", "grids")})
+        self._save(path, {name: state[name] for name in ("config", "step", "model", "grids")})
 
     def save(self, bar: tqdm) -> None:
         self.flush(bar)
         state = {"trainer": self.trainer.state_dict(), "best": self.best, "seconds": self.seconds}
-        save_checkpoint(self.folder / "last.pt", state)
+        self._save(self.folder / "last.pt", state)
         self.saved_at = time.monotonic()
+
+    def _save(self, path: Path, state: dict) -> None:
+        """All processes wait until the file is there."""
+        if self.writes:
+            save_checkpoint(path, state)
+        distributed.barrier()
 
     def _forget_metrics_after(self, step: int) -> None:
         """Drop lines of steps that the checkpoint doesn't know: they will be run again."""
@@ -206,10 +235,13 @@ class _Run:
             "parameters": trainer.model.parameter_count(),
             "maps": {name: value.tolist() for name, value in trainer.maps.items()},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "step": "fast" if trainer.fast else "plain",
+            "processes": distributed.size(),
             "stamp": timing.stamp(self.device),
         }
-        files.write_json(self.folder / "result.json", result)
-        return result
+        if self.writes:
+            files.write_json(self.folder / "result.json", result)
+        return distributed.from_first(result)
 
 
 def _bar_text(record: dict) -> dict:

@@ -1,12 +1,16 @@
 """The steps of training: dense phase, transition, sparse phase; and evaluation. `fit` in runs.py drives them."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import distributed
+from .captured import Captured, Reading
 from .datasets import Split, Splits
 from .errors import InputError, require
 from .layout import BlockLayout
@@ -16,6 +20,8 @@ from .recipes import RunConfig, config_from_dict
 from .reference import pool_blocks
 from .transition import TransitionRule
 
+STEPS = ("auto", "fast", "plain")
+
 
 def batch_indices(examples: int, batch: int, step: int, seed: int) -> np.ndarray:
     """(batch,) int64 indices of a step's training batch: epoch by epoch, each in its own order.
@@ -24,8 +30,33 @@ def batch_indices(examples: int, batch: int, step: int, seed: int) -> np.ndarray
     """
     require(batch <= examples, f"batch: wanted at most the {examples} training examples there are; got {batch}")
     epoch, place = divmod(step, examples // batch)
-    order = np.random.default_rng([seed, epoch]).permutation(examples)
-    return order[place * batch : (place + 1) * batch]
+    return _order(examples, seed, epoch)[place * batch : (place + 1) * batch]
+
+
+@lru_cache(maxsize=2)
+def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+class Examples:
+    """The batches of a split. On a GPU all its tokens lie there: 46 MB for CIFAR-10, 1.1 GB for Yelp."""
+
+    def __init__(self, split: Split, device: torch.device):
+        self.split, self.device = split, device
+        if device.type == "cuda":
+            tokens = np.ascontiguousarray(split.tokens)  # ids are far below 32,768, and PyTorch does little with uint16
+            self.tokens = torch.from_numpy(tokens.view(np.int16) if tokens.itemsize == 2 else tokens).to(device)
+            self.labels = torch.as_tensor(split.labels).to(device, torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens (b, L) and labels (b,) of some examples, int64, on the device."""
+        if self.device.type != "cuda":
+            return to_device(self.split, indices, self.device)
+        at = torch.from_numpy(indices).to(self.device, non_blocking=True)
+        return self.tokens[at].long(), self.labels[at]
 
 
 class Score(NamedTuple):
@@ -36,22 +67,69 @@ class Score(NamedTuple):
     examples: int
 
 
+class Gradients(NamedTuple):
+    """What a step's forward and backward pass leave beside the gradients. In SAT's dense phase the last two too."""
+
+    loss: Tensor
+    sparsity_loss: Tensor | None = None
+    mean_maps: Sequence[Tensor] = ()
+
+
 class Trainer:
     """The state of one run, and what happens in a step. A notebook may step it by hand.
 
+    Processes that were joined (see `distributed`) train one model together: each takes its share of the batch.
+
     Args:
         config: model and recipe. data: the task's splits. device: where the model and its batches live.
+        step: "plain", PyTorch's modules one by one; "fast", the operators of `layer_ops`, torch.compile and, where a
+            process is alone on a GPU, a CUDA graph; "auto", fast on a GPU wherever the model is one that it is made
+            for: `fast` tells. Both give the same results but for rounding and for dropout's draws.
+
+    Raises:
+        InputError: "fast" was asked for and isn't made for this model, precision or device; or the processes don't
+            divide the batch.
     """
 
-    def __init__(self, config: RunConfig, data: Splits, device: torch.device):
-        torch.manual_seed(config.recipe.seed)
+    def __init__(self, config: RunConfig, data: Splits, device: torch.device, step: str = "auto"):
+        recipe, processes = config.recipe, distributed.size()
+        require(step in STEPS, f"step: wanted one of {STEPS}; got {step!r}")
+        require(recipe.batch % processes == 0, f"batch: wanted a multiple of {processes} processes; got {recipe.batch}")
+        torch.manual_seed(recipe.seed)
         self.config, self.data, self.device = config, data, device
         self.model = Encoder(config.model).to(device)
-        self.rule = TransitionRule(config.recipe.theta, config.recipe.delta)
+        self.fast = self._fuse(step)
+        if processes > 1:
+            torch.manual_seed(recipe.seed + 1_000_003 * distributed.rank())  # dropout differs, the model doesn't
+        self.examples = Examples(data.train, device)
+        self.rule = TransitionRule(recipe.theta, recipe.delta)
         self.step = 0
         self.transition_step: int | None = None
         self.maps: dict[str, Tensor] = {}  # what the transition saw: see `enter_sparse_phase`
-        self._new_optimiser(config.recipe.rate, scheduled=True)
+        self._new_optimiser(recipe.rate, scheduled=True)
+        self._new_phase()
+
+    def _fuse(self, step: str) -> bool:
+        if step == "plain" or (step == "auto" and self.device.type != "cuda"):
+            return False
+        try:
+            require(self.config.recipe.precision == "bf16", "precision: the fast step is for bf16. Take the plain step")
+            self.model.fuse(compiled=self.device.type == "cuda")
+        except InputError:
+            if step == "fast":
+                raise
+            return False
+        return True
+
+    def _new_phase(self) -> None:
+        """What is specific to a phase: which parameters have gradients, and what one graph can repeat."""
+        self._network: nn.Module = self.model
+        self._gradients = self._backward
+        if distributed.size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self._network = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        elif self.fast and self.device.type == "cuda":
+            self._gradients = Captured(self._backward, self.device)
 
     @property
     def phase(self) -> str:
@@ -62,62 +140,81 @@ class Trainer:
         """A fresh AdamW, with the published OneCycle schedule or at a constant rate."""
         recipe = self.config.recipe
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), eps=1e-6, weight_decay=0)
+        self.optimiser = torch.optim.AdamW(
+            trained, lr=rate, betas=(0.9, 0.999), eps=1e-6, weight_decay=0, fused=self.device.type == "cuda"
+        )
         self.schedule = None
         if scheduled:
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimiser, rate, recipe.steps, pct_start=recipe.warm_up / recipe.steps, anneal_strategy="linear"
             )
 
+    @property
+    def learning(self) -> bool:
+        """Whether steps learn W^P and test for the transition."""
+        return self.phase == "dense" and self.config.model.attention == "sat"
+
     def train_step(self, batch: tuple[Tensor, Tensor] | None = None) -> dict:
-        """One optimiser step, and in SAT's dense phase the transition test after it.
+        """One optimiser step, and in SAT's dense phase the transition test.
 
         Args:
             batch: tokens (b, L) and labels (b,), int64, on the device; None takes the step's own from the training set.
 
         Returns:
             step, phase, rate, loss (task loss, a tensor without axes, so that nothing waits for the GPU), and in SAT's
-            dense phase sparsity_loss, and per layer skewness, distance and change_percent.
+            dense phase sparsity_loss (likewise), and per layer skewness, distance and change_percent.
         """
         self.model.train()
-        learning = self.phase == "dense" and self.config.model.attention == "sat"
+        learning = self.learning
         record = {"step": self.step, "phase": self.phase, "rate": self.optimiser.param_groups[0]["lr"]}
-        tokens, labels = batch or self._batch()
-        with self._autocast():
-            output = self.model(tokens, statistics=learning)
-            loss = total = F.cross_entropy(output.logits.float(), labels)
+        seen = self._gradients(*(batch or self._batch()))
+        record["loss"] = seen.loss
         if learning:
-            pooled = [seen.pooled for seen in output.statistics]
-            pattern_loss = model_sparsity_loss(self.model.sparsity_parameters, pooled)
-            total = loss + LOSS_WEIGHT * self.config.model.layers * pattern_loss
-            record["sparsity_loss"] = pattern_loss.item()
-        self._descend(total)
-        record["loss"] = loss.detach()
+            measured = Reading(self.rule.measure(seen.mean_maps))  # read once the rest of the step is queued
+        self._update()
         if learning:
-            record |= self._test_transition([seen.mean_map for seen in output.statistics])
+            record["sparsity_loss"] = seen.sparsity_loss
+            record |= self._test_transition(measured.values(), seen.mean_maps)
         self.step += 1
         return record
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        recipe, train = self.config.recipe, self.data.train
-        indices = batch_indices(len(train), recipe.batch, self.step, recipe.seed)
-        return to_device(train, indices, self.device)
+        recipe, rank = self.config.recipe, distributed.rank()
+        indices = batch_indices(len(self.examples), recipe.batch, self.step, recipe.seed)
+        share = recipe.batch // distributed.size()
+        return self.examples.batch(indices[rank * share : (rank + 1) * share])
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.recipe.precision == "bf16")
 
-    def _descend(self, loss: Tensor) -> None:
+    def _backward(self, tokens: Tensor, labels: Tensor) -> Gradients:
+        """Leave the clipped gradients of the loss in the parameters: means over the processes, as what is returned."""
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_value_(self.model.parameters(), 1.0)
+        with self._autocast():
+            output = self._network(tokens, statistics=self.learning)
+            loss = F.cross_entropy(output.logits.float(), labels)
+        (mean_loss,) = distributed.mean([loss.detach()])
+        if self.learning:
+            mean_maps = distributed.mean([seen.mean_map for seen in output.statistics])
+            pooled = distributed.mean([seen.pooled for seen in output.statistics])
+            sparsity_loss = model_sparsity_loss(self.model.sparsity_parameters, pooled)
+            (loss + LOSS_WEIGHT * self.config.model.layers * sparsity_loss).backward()
+            seen = Gradients(mean_loss, sparsity_loss.detach(), mean_maps)
+        else:
+            loss.backward()
+            seen = Gradients(mean_loss)
+        nn.utils.clip_grad_value_(self.model.parameters(), 1.0)
+        return seen
+
+    def _update(self) -> None:
         self.optimiser.step()
         if self.schedule is not None and self.step + 1 < self.config.recipe.steps:
             self.schedule.step()
 
-    def _test_transition(self, mean_maps: list[Tensor]) -> dict:
+    def _test_transition(self, measured: list, mean_maps: Sequence[Tensor]) -> dict:
         if self.step == 0:
             self.maps["start"] = self._pool(mean_maps)
-        switch, tests = self.rule.update(mean_maps)
+        switch, tests = self.rule.judge(measured)
         forced = self.config.recipe.switch_at
         if switch if forced is None else self.step >= forced:
             self.enter_sparse_phase(mean_maps)
@@ -127,11 +224,11 @@ class Trainer:
             "change_percent": [test.change_percent for test in tests],
         }
 
-    def _pool(self, mean_maps: list[Tensor]) -> Tensor:
+    def _pool(self, mean_maps: Sequence[Tensor]) -> Tensor:
         return torch.stack([pool_blocks(mean_map, self.config.model.block).float().cpu() for mean_map in mean_maps])
 
     @torch.no_grad()
-    def enter_sparse_phase(self, mean_maps: list[Tensor]) -> None:
+    def enter_sparse_phase(self, mean_maps: Sequence[Tensor]) -> None:
         """Generate the layouts from W^P, freeze it, and go on with a fresh AdamW at half the peak rate.
 
         Keeps in `maps`, all (layers, N, N) on the CPU: "transition" (the pooled maps now), "scores" (R~), "kept"
@@ -139,6 +236,8 @@ class Trainer:
         """
         recipe, config = self.config.recipe, self.config.model
         scores = [parameter() for parameter in self.model.sparsity_parameters]
+        if distributed.size() > 1:
+            scores = [score.to(self.device) for score in distributed.from_first([score.cpu() for score in scores])]
         layouts = [generate_layout(score, recipe.density, config.block) for score in scores]
         self.maps["transition"] = self._pool(mean_maps)
         self.maps["scores"] = torch.stack(scores).float().cpu()
@@ -155,6 +254,7 @@ class Trainer:
         recipe = self.config.recipe
         self.model.enter_sparse_phase(layouts)
         self._new_optimiser(recipe.rate / 2, scheduled=recipe.schedule_after == "continued")
+        self._new_phase()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Score:
@@ -162,22 +262,25 @@ class Trainer:
 
         Under the "published" protocol an incomplete last batch is dropped, as the released code does.
         """
-        recipe = self.config.recipe
+        recipe, examples = self.config.recipe, Examples(split, self.device)
         self.model.eval()
-        right = loss = examples = 0
         stop = len(split) - len(split) % recipe.batch if recipe.protocol == "published" else len(split)
         require(stop > 0, f"batch: the published protocol wants {recipe.batch} examples or more; got {len(split)}")
-        for start in range(0, stop, recipe.batch):
-            tokens, labels = to_device(split, np.arange(start, min(start + recipe.batch, stop)), self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # right, loss, examples
+        for start in range(recipe.batch * distributed.rank(), stop, recipe.batch * distributed.size()):
+            tokens, labels = examples.batch(np.arange(start, min(start + recipe.batch, stop)))
             with self._autocast():
                 logits = self.model(tokens).logits.float()
-            right += (logits.argmax(-1) == labels).sum()
-            loss += F.cross_entropy(logits, labels, reduction="sum").double()
-            examples += len(labels)
-        return Score(float(right) / examples, float(loss) / examples, examples)
+            right, loss = (logits.argmax(-1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([right, loss, torch.full_like(right, len(labels))]).double()
+        right, loss, examples = distributed.total(sums).tolist()
+        return Score(right / examples, loss / examples, round(examples))
 
     def state_dict(self) -> dict:
-        """All that a run needs to go on as if it had never stopped; loads with torch.load(weights_only=True)."""
+        """All that a run needs to go on as if it had never stopped; loads with torch.load(weights_only=True).
+
+        All processes have to call it.
+        """
         layouts = self.model.layouts
         return {
             "config": self.config.as_dict(),
@@ -189,9 +292,13 @@ class Trainer:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "rule": self.rule.state_dict(),
             "maps": self.maps,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rng": distributed.gathered(self._rng()),
         }
+
+    def _rng(self) -> list[Tensor]:
+        """States of this process's generators."""
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict` of a run of the same configuration.
@@ -208,9 +315,11 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.rule.load_state_dict(state["rule"])
-        torch.set_rng_state(state["rng"].cpu())
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+        if len(state["rng"]) == distributed.size():  # else another number of processes goes on, with draws of its own
+            cpu, *cuda = state["rng"][distributed.rank()]
+            torch.set_rng_state(cpu.cpu())
+            if self.device.type == "cuda" and cuda:
+                torch.cuda.set_rng_state(cuda[0].cpu(), self.device)
 
 
 def to_device(split: Split, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "sat_lib"
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("files", "layout", "map_metrics"), 1),
+    **dict.fromkeys(("files", "layout", "map_metrics", "distributed", "captured"), 1),
     **dict.fromkeys(("timing", "corpora", "downloads", "extension", "reference", "pattern", "weights"), 2),
-    **dict.fromkeys(("embedded", "tasks", "ops", "gathered", "transition"), 3),
+    **dict.fromkeys(("embedded", "tasks", "ops", "layer_ops", "gathered", "transition"), 3),
     **dict.fromkeys(("baselines", "datasets"), 4),
     **dict.fromkeys(("attention", "sentence_pairs"), 5),
     **dict.fromkeys(("model", "pretrained"), 6),
@@ -18,8 +18,8 @@ LEVELS = {
     "train": 8,
     **dict.fromkeys(("runs", "peers", "finetuning"), 9),
     **dict.fromkeys(("benchmarks", "comparison", "motivation", "pretraining", "figures", "stages", "notebook_run"), 10),
-    **dict.fromkeys(("experiments", "map_figures", "pattern_figures"), 11),
-    **dict.fromkeys(("reproduce", "explore", "paper", "__init__"), 12),
+    **dict.fromkeys(("experiments", "map_figures", "pattern_figures", "verdicts"), 11),
+    **dict.fromkeys(("reproduce", "explore", "paper", "sweep", "__init__"), 12),
     "__main__": 13,
 }
 

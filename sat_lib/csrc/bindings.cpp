@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -211,14 +212,18 @@ Tensor sparse_softmax_backward(const Tensor& grad0, const Tensor& weights0, cons
   return grad_scores;
 }
 
+int processors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Shares of the heads, so that four thread blocks a multiprocessor are under way.
 int splits_of(const sat::Shape& shape) {
-  int device = 0, processors = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int64_t pieces = ((shape.queries + sat::kMapTile - 1) / sat::kMapTile) *
                          ((shape.keys + sat::kMapTile - 1) / sat::kMapTile);
-  const int64_t wanted = std::max<int64_t>(1, 4 * processors / pieces);
+  const int64_t wanted = std::max<int64_t>(1, 4 * processors() / pieces);
   return static_cast<int>(std::min<int64_t>(wanted, int64_t{shape.batch} * shape.heads));
 }
 
@@ -244,6 +249,104 @@ std::tuple<Tensor, Tensor> attention_statistics(const Tensor& q0, const Tensor& 
   return {mean_map, pooled};
 }
 
+Tensor embedding_gradient(const Tensor& grad0, const Tensor& ids0, int64_t rows) {
+  const c10::cuda::CUDAGuard guard(grad0.device());
+  const Tensor grad = grad0.contiguous(), ids = ids0.contiguous();
+  const int64_t width = grad.size(-1), table = (rows + 1) * 32 * 4;  // bytes of shared memory of one share
+  const int64_t fitting = std::clamp<int64_t>((int64_t{220} << 10) / (table + 1024), 1, 16);
+  const int64_t groups = (width + 31) / 32, parts = std::max<int64_t>(1, processors() * fitting / groups);
+  Tensor partial = at::empty({parts, rows, width}, grad.options());
+  const sat::Embedding call = {grad.data_ptr<float>(), ids.data_ptr<int64_t>(), partial.data_ptr<float>(), ids.numel(),
+                               static_cast<int>(rows), static_cast<int>(width), static_cast<int>(parts)};
+  C10_CUDA_CHECK(sat::embedding_gradient(call, stream()));
+  return partial.sum(0);
+}
+
+sat::BeforeAttention before_attention_call(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  sat::BeforeAttention call = {x.data_ptr<float>(), weight.data_ptr<float>(), bias.data_ptr<float>()};
+  call.rows = x.numel() / 64;
+  call.eps = static_cast<float>(eps);
+  call.parts = 2 * processors();
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor> before_attention(const Tensor& x0, const Tensor& weight0, const Tensor& bias0,
+                                                    double eps) {
+  const c10::cuda::CUDAGuard guard(x0.device());
+  const Tensor x = x0.contiguous(), weight = weight0.contiguous(), bias = bias0.contiguous();
+  sat::BeforeAttention call = before_attention_call(x, weight, bias, eps);
+  std::array<Tensor, 3> out;
+  for (int i = 0; i < 3; ++i) {
+    out[i] = at::empty_like(x, x.options().dtype(at::kBFloat16));
+    call.out[i] = static_cast<char*>(out[i].data_ptr());
+  }
+  C10_CUDA_CHECK(sat::before_attention(call, stream()));
+  return {out[0], out[1], out[2]};
+}
+
+std::tuple<Tensor, Tensor> before_attention_backward(const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                                                     const Tensor& past0, const Tensor& x0, const Tensor& weight0,
+                                                     const Tensor& bias0, double eps) {
+  const c10::cuda::CUDAGuard guard(x0.device());
+  const Tensor past = past0.contiguous(), x = x0.contiguous(), weight = weight0.contiguous(), bias = bias0.contiguous();
+  sat::BeforeAttention call = before_attention_call(x, weight, bias, eps);
+  const std::array<Tensor, 3> grads = {grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()};
+  for (int i = 0; i < 3; ++i) call.grad_out[i] = static_cast<const char*>(grads[i].data_ptr());
+  Tensor grad_x = at::empty_like(x), partial = at::empty({call.parts, sat::kBeforeAttentionWeights}, x.options());
+  call.grad_past = past.data_ptr<float>();
+  call.grad_x = grad_x.data_ptr<float>();
+  call.partial = partial.data_ptr<float>();
+  C10_CUDA_CHECK(sat::before_attention_backward(call, stream()));
+  return {grad_x, partial.sum(0)};
+}
+
+sat::AfterAttention after_attention_call(const Tensor& x, const Tensor& attended, const std::array<Tensor, 6>& weights,
+                                         const Mask& seed, double dropout, double eps) {
+  sat::AfterAttention call = {x.data_ptr<float>(), static_cast<const char*>(attended.data_ptr())};
+  call.out_weight = weights[0].data_ptr<float>(), call.out_bias = weights[1].data_ptr<float>();
+  call.up_weight = weights[2].data_ptr<float>(), call.up_bias = weights[3].data_ptr<float>();
+  call.down_weight = weights[4].data_ptr<float>(), call.down_bias = weights[5].data_ptr<float>();
+  call.rows = x.numel() / 64;
+  call.threshold = seed.has_value() ? static_cast<uint32_t>(dropout * 65536 + 0.5) : 0;
+  call.seed = seed.has_value() ? seed->data_ptr<int64_t>() : nullptr;
+  call.scale = 65536.0f / (65536.0f - static_cast<float>(call.threshold));
+  call.eps = static_cast<float>(eps);
+  call.parts = processors();
+  return call;
+}
+
+Tensor after_attention(const Tensor& x0, const Tensor& attended0, const Tensor& out_weight, const Tensor& out_bias,
+                       const Tensor& up_weight, const Tensor& up_bias, const Tensor& down_weight,
+                       const Tensor& down_bias, const Mask& seed, double dropout, double eps) {
+  const c10::cuda::CUDAGuard guard(x0.device());
+  const Tensor x = x0.contiguous(), attended = attended0.contiguous();
+  const std::array<Tensor, 6> weights = {out_weight.contiguous(), out_bias.contiguous(),  up_weight.contiguous(),
+                                         up_bias.contiguous(),    down_weight.contiguous(), down_bias.contiguous()};
+  sat::AfterAttention call = after_attention_call(x, attended, weights, seed, dropout, eps);
+  Tensor y = at::empty_like(x);
+  call.y = y.data_ptr<float>();
+  C10_CUDA_CHECK(sat::after_attention(call, stream()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> after_attention_backward(
+    const Tensor& grad0, const Tensor& x0, const Tensor& attended0, const Tensor& out_weight, const Tensor& out_bias,
+    const Tensor& up_weight, const Tensor& up_bias, const Tensor& down_weight, const Tensor& down_bias,
+    const Mask& seed, double dropout, double eps) {
+  const c10::cuda::CUDAGuard guard(x0.device());
+  const Tensor grad = grad0.contiguous(), x = x0.contiguous(), attended = attended0.contiguous();
+  const std::array<Tensor, 6> weights = {out_weight.contiguous(), out_bias.contiguous(),  up_weight.contiguous(),
+                                         up_bias.contiguous(),    down_weight.contiguous(), down_bias.contiguous()};
+  sat::AfterAttention call = after_attention_call(x, attended, weights, seed, dropout, eps);
+  Tensor grad_x = at::empty_like(x), grad_attended = at::empty_like(attended);
+  Tensor partial = at::empty({call.parts, sat::kAfterAttentionWeights}, x.options());
+  call.grad_y = grad.data_ptr<float>(), call.grad_x = grad_x.data_ptr<float>();
+  call.grad_attended = static_cast<char*>(grad_attended.data_ptr());
+  call.partial = partial.data_ptr<float>();
+  C10_CUDA_CHECK(sat::after_attention_backward(call, stream()));
+  return {grad_x, grad_attended, partial.sum(0)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(sat_lib_cuda, library) {
@@ -255,4 +358,9 @@ TORCH_LIBRARY(sat_lib_cuda, library) {
   library.def("sparse_softmax", &sparse_softmax);
   library.def("sparse_softmax_backward", &sparse_softmax_backward);
   library.def("attention_statistics", &attention_statistics);
+  library.def("embedding_gradient", &embedding_gradient);
+  library.def("before_attention", &before_attention);
+  library.def("before_attention_backward", &before_attention_backward);
+  library.def("after_attention", &after_attention);
+  library.def("after_attention_backward", &after_attention_backward);
 }

@@ -98,4 +98,50 @@ struct Statistics {
 };
 cudaError_t attention_statistics(const Statistics& statistics, cudaStream_t stream);
 
+// Gradient of a small embedding table, in `parts` sums.
+struct Embedding {
+  const float* grad;  // (tokens, width)
+  const int64_t* ids;
+  float* partial;  // (parts, rows, width)
+  int64_t tokens;
+  int rows, width, parts;
+};
+cudaError_t embedding_gradient(const Embedding& embedding, cudaStream_t stream);
+
+// What a layer of width 64 does before its attention; see before_attention.cu.
+struct BeforeAttention {
+  const float *x, *weight, *bias;  // (rows, 64), (192, 64), (192,)
+  char* out[3];                    // q, k, v, (rows, 64) bf16
+  int64_t rows;
+  float eps;
+  int parts;                // blocks of the backward pass, and a share of the forward's
+  const char* grad_out[3];  // of q, k, v
+  const float* grad_past;   // (rows, 64), what comes past the norm
+  float* grad_x;
+  float* partial;  // (parts, kBeforeAttentionWeights)
+};
+constexpr int kBeforeAttentionWeights = 192 * 64 + 192;
+cudaError_t before_attention(const BeforeAttention& call, cudaStream_t stream);
+cudaError_t before_attention_backward(const BeforeAttention& call, cudaStream_t stream);
+
+// What a layer of width 64 and hidden size 128 does behind its attention; see after_attention.cu.
+struct AfterAttention {
+  const float* x;        // (rows, 64)
+  const char* attended;  // (rows, 64) bf16
+  const float *out_weight, *out_bias, *up_weight, *up_bias, *down_weight, *down_bias;
+  const int64_t* seed;  // of the dropouts, one number
+  float* y;             // (rows, 64)
+  int64_t rows;
+  uint32_t threshold;  // drop where 16 random bits are below it
+  float scale, eps;
+  int parts;  // multiprocessors
+  const float* grad_y;
+  float* grad_x;
+  char* grad_attended;
+  float* partial;  // (parts, kAfterAttentionWeights)
+};
+constexpr int kAfterAttentionWeights = 64 * 64 + 2 * 64 * 128 + 64 + 128 + 64;
+cudaError_t after_attention(const AfterAttention& call, cudaStream_t stream);
+cudaError_t after_attention_backward(const AfterAttention& call, cudaStream_t stream);
+
 }  // namespace sat
