@@ -1,4 +1,4 @@
-"""The command line: python -m sat_lib data | train | pretrain | bench | reproduce."""
+"""The command line: python -m sat_lib data | train | sweep | pretrain | bench | reproduce."""
 
 import argparse
 import ast
@@ -26,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
-    commands = parser.add_subparsers(required=True, metavar="data | train | pretrain | bench | reproduce")
+    commands = parser.add_subparsers(required=True, metavar="data | train | sweep | pretrain | bench | reproduce")
     _data_options(commands.add_parser("data", help="list the tasks, prepare a task's token cache"))
     _train_options(commands.add_parser("train", help="train one model, or go on where an earlier run stopped"))
+    _sweep_options(commands.add_parser("sweep", help="measure an experiment in jobs: SLURM, or many at a time here"))
     _pretrain_options(commands.add_parser("pretrain", help="train the small ViT that data/pretrained ships"))
     _bench_options(commands.add_parser("bench", help="measure an experiment's rows and print them"))
     _reproduce_options(commands.add_parser("reproduce", help="run the notebooks; draw the figures"))
@@ -79,26 +80,37 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe fields: steps=500 seed=1")
     parser.add_argument("--model", nargs="*", default=[], metavar="NAME=VALUE", help="model fields: block=64 layers=1")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    parser.add_argument("--step", default="auto", help="auto (default: fast on a GPU that it is made for), fast, plain")
     parser.add_argument("--folder", type=Path, help="the run's folder (default: runs/train/<name of the run>)")
     parser.set_defaults(run=_train)
 
 
 def _train(options) -> int:
-    from . import datasets, runs, timing
+    from . import datasets, distributed, runs, timing
     from .recipes import run_config
 
     config = run_config(
         options.task, options.attention, options.preset, model=_settings(options.model), **_settings(options.set)
     )
-    device = timing.pick_device(options.device)
     folder = options.folder or files.ROOT / "runs" / "train" / config.name
-    data = datasets.load(options.task, protocol=config.recipe.protocol)
-    print(f"{config.name} on {timing.device_name(device)}: {len(data.train):,} training examples, in {folder}")
-    try:
-        result = runs.fit(config, data, folder, device)
-    except runs.NonFiniteLoss as error:
-        print(f"sat_lib: {error}", file=sys.stderr)
-        return 3
+    with distributed.joined(timing.pick_device(options.device)) as device:
+        first = distributed.rank() == 0
+        if first:  # prepares the data where need be, before the others look for them
+            data = datasets.load(options.task, protocol=config.recipe.protocol)
+            where = f"{distributed.size()} x {timing.device_name(device)}"
+            print(f"{config.name} on {where}: {len(data.train):,} training examples, in {folder}")
+        distributed.barrier()
+        if not first:
+            data = datasets.load(options.task, protocol=config.recipe.protocol)
+        try:
+            result = runs.fit(config, data, folder, device, step=options.step)
+        except runs.NonFiniteLoss as error:
+            print(f"sat_lib: {error}", file=sys.stderr)
+            return 3
+        return _tell(result) if first else 0
+
+
+def _tell(result: dict) -> int:
     switched = result["transition_step"]
     print(f"transition: {'none' if switched is None else f'step {switched}'}; judged in the {result['phase']} phase")
     for phase, best in result["best"].items():
@@ -119,6 +131,32 @@ def _settings(pairs: list[str]) -> dict:
         except (ValueError, SyntaxError):
             settings[name] = value
     return settings
+
+
+# ---- sweep -----------------------------------------------------------------------------------------------------------
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="accuracy, ablations, training, finetuning, ...: as in bench")
+    parser.add_argument("--profile", default="smoke", help="smoke (default) or paper; paper rows go to data/results")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="cases with these values alone")
+    parser.add_argument("--cluster", default="slurm", help="slurm (default), local: this machine, debug: this process")
+    parser.add_argument("--processes", type=int, default=1, help="that train one model together, one GPU each")
+    parser.add_argument("--parallel", type=int, help="jobs at a time (local: one, or what the GPUs allow)")
+    parser.add_argument("--device", default="auto", help="auto (default; under SLURM cuda), cpu, cuda")
+    parser.add_argument("--slurm", nargs="*", default=[], metavar="NAME=VALUE", help="partition=gpu time=120 mem=64")
+    parser.add_argument("--no-wait", action="store_true", help="leave the jobs to SLURM")
+    parser.set_defaults(run=_sweep)
+
+
+def _sweep(options) -> int:
+    from .sweep import Launch, sweep
+
+    launch = Launch(
+        options.cluster, options.processes, options.parallel, _settings(options.slurm), wait=not options.no_wait
+    )
+    only = _settings(options.only)
+    return sweep(options.experiment, options.profile, launch, device=options.device, only=only)
 
 
 # ---- pretrain --------------------------------------------------------------------------------------------------------
@@ -154,11 +192,13 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options) -> int:
-    from . import experiments
+    from . import distributed, experiments, timing
 
-    frame = experiments.rows(
-        options.experiment, options.profile, device=options.device, only=_settings(options.only), report=True
-    )
+    with distributed.joined(timing.pick_device(options.device)) as device:
+        first, only = distributed.rank() == 0, _settings(options.only)
+        frame = experiments.rows(options.experiment, options.profile, device=str(device), only=only, report=first)
+        if not first:
+            return 0
     if options.experiment == "kernels":
         return _print_kernels(frame, options)
     print(experiments.table(frame))

@@ -145,8 +145,8 @@ def train(case: dict, context: Context) -> dict:
     result = runs.fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
-        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters", "seconds", "step")},
-        "processes": result["processes"],
+        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters")},
+        **{name: result[name] for name in ("seconds", "step", "processes")},
         "dense_best": result["best"].get("dense"),
         "sparse_best": result["best"].get("sparse"),
         "test_examples": result["best"][result["phase"]]["test_examples"],
@@ -171,8 +171,8 @@ def _thinned(metrics: list[dict]) -> list[dict]:
 
 # ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
 
-# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase. "plain" kinds take
-# PyTorch's modules one by one, as the layers of transformers do, which the fast step isn't made for.
+# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase. "plain" kinds
+# take PyTorch's modules one by one, as the layers of transformers do, which the fast step isn't made for.
 STEP_KINDS = {
     "sat, sparse phase": ("sat", "kernel", {}),
     "sat, dense phase": ("sat", "kernel", {}),
@@ -436,7 +436,13 @@ def unmeasured(name: str, cases: list[dict], context: Context, devices: set[str]
 
 
 def measure_case(name: str, case: dict, context: Context) -> dict:
-    """Measure one case and append its row. Of processes that measure it together the first one writes."""
+    """Measure one case and append its row. Of processes that measure it together the first one writes.
+
+    Raises:
+        InputError: several processes, and the case isn't a training run, which is all that they can do together.
+    """
+    together = distributed.size() == 1 or "recipe" in case
+    require(together, f"processes: {name} is measured by one process; got {distributed.size()}. Start without torchrun")
     start = time.perf_counter()
     row = {"experiment": name, "case": case, "result": EXPERIMENTS[name][1](case, context)}
     taken = {"wall_seconds": round(time.perf_counter() - start, 1)}

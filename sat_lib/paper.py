@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, files, map_figures, pattern_figures
+from . import experiments, figures, files, map_figures, pattern_figures, verdicts
 from .errors import require
 
 # stage -> experiment whose rows it draws, which of them (None: all), and how
@@ -28,6 +28,8 @@ TABLES = {
     "09_finetuning_table": ("finetuning", map_figures.finetuning_table),
     "09_finetuning_steps": ("pretrained_step", map_figures.pretrained_step_table),
 }
+# name -> how the rows of all experiments are summed up
+VERDICT_TABLES = {"verdicts": verdicts.verdict_table, "verdicts_short": verdicts.short_table}
 
 DOCUMENTS = ("README.md", "REPRODUCE.md")
 QUOTED = re.compile(r"(<!-- (figures/paper/[\w.]+\.md) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -53,6 +55,7 @@ def draw_committed(root: Path = files.ROOT) -> int:
         if len(rows):
             figures.save_table(name, "paper", make(rows), root)
     _draw_kernel_table(root)
+    _draw_verdicts(root)
     smoke = files.read_rows(root / "data/results/smoke.jsonl")
     if smoke:
         figures.save_table("smoke", "paper", smoke_table(smoke[-1]), root)
@@ -69,6 +72,37 @@ def _draw_kernel_table(root: Path) -> None:
     )
     if len(copy) and len(main):
         figures.save_table("kernels", "paper", figures.kernel_table(main, copy["bandwidth_tb_s"][0]), root)
+
+
+def _draw_verdicts(root: Path) -> None:
+    """What all rows say of the paper's claims: the tables, which without rows say "not run", and the figure."""
+    frames = all_rows(root)
+    for name, make in VERDICT_TABLES.items():
+        figures.save_table(name, "paper", make(frames), root)
+    rows = verdicts.figure_rows(frames)
+    if len(rows):
+        figures.save("verdicts_figure", "paper", *verdicts.verdict_figure(frames), rows, root)
+
+
+def all_rows(root: Path = files.ROOT) -> dict[str, pd.DataFrame]:
+    """Experiment -> its rows as `experiments.rows` chooses them, with what the stamp says of the time they took.
+
+    An experiment that isn't in `experiments.EXPERIMENTS` counts with every case that its file has.
+    """
+    return {name: _stored_rows(name, root) for name in verdicts.SOURCES}
+
+
+def _stored_rows(name: str, root: Path) -> pd.DataFrame:
+    stored = files.read_rows(root / f"data/results/{name}.jsonl")
+    devices = [row["stamp"]["device"] for row in stored]
+    found = {
+        files.digest(row["case"]): {**row["case"], **row["result"], **row["stamp"], "experiment": name}
+        for row in stored
+        if row["stamp"]["device"] == max(devices, key=devices.count)
+    }
+    cases = experiments.EXPERIMENTS[name][0]("paper") if name in experiments.EXPERIMENTS else None
+    wanted = found if cases is None else [digest for digest in map(files.digest, cases) if digest in found]
+    return pd.DataFrame([found[digest] for digest in wanted])
 
 
 def smoke_table(row: dict) -> pd.DataFrame:

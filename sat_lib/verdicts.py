@@ -1,0 +1,1019 @@
+"""What the rows say of the paper's claims: a verdict and a sentence each, a table and a figure. Nothing here measures.
+
+    frames = {"accuracy": ..., "step": ...}     # experiment -> its rows, cases, results and stamps side by side
+    verdict_table(frames)
+
+An experiment without rows is "not run"; no value of ours is written down here, every published one is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from . import files
+from .figures import OPERATIONS, PAGE, PALETTE, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES, new
+from .model import Encoder, model_config
+from .recipes import PAPER_TASKS, PUBLISHED
+from .tasks import task
+
+REPRODUCED, IN_DIRECTION, NOT_REPRODUCED, NOT_RUN = WORDS = (
+    "reproduced",
+    "reproduced in direction",
+    "not reproduced",
+    "not run",
+)
+ENOUGH = 0.8  # of a published ratio or gain that ours has to reach to count as reproduced
+WHOLE = 0.75  # of the official training examples: with fewer, a run is one on a part of the data
+SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "motivation", "finetuning", "pretrained_step",
+           "patterns")  # fmt: skip
+
+# The paper's, and the released runs' and checkpoints'; accuracies and operations are in figures.py.
+PUBLISHED_PARAMETERS = {"cifar10": 160_650, "inaturalist": 177_550, "agnews": 245_252, "yelp": 244_994}
+PUBLISHED_SWITCH = {
+    "images": (("cifar10", "inaturalist"), 157, 459, "step 157 to 459"),
+    "AG News": (("agnews",), 0, 400, "before step 400"),
+    "Yelp": (("yelp",), 3_400, 10_400, "step 3,400 to 10,400"),
+}
+PUBLISHED_BIGBIRD = {"agnews": 2.48, "yelp": 2.45, "cifar10": 2.84, "inaturalist": 2.74}  # step time over SAT's
+PUBLISHED_MEMORY = 6.87
+PUBLISHED_DENSE_MS = {"QK^T": 2.4, "softmax": 9.4, "AV": 4.0}
+PUBLISHED_MODELS = ("google/vit-base-patch16-224-in21k", "bert-base-uncased")
+NAMES = {"dense": "dense", "longformer": "Longformer", "bigbird": "BigBird", "lsg": "LSG", "sat": "SAT"}
+SPARSE_OPERATIONS = {"softmax": "softmax", "QK^T": "SDDMM", "AV": "SpMM"}
+ALWAYS_ONE = {"mrpc": 100 * 1147 / 1725, "digits": 10.0}  # percent right by always giving the most frequent answer
+SIMILAR = {"yelp": "imdb"}  # a task that the paper doesn't have, trained with the recipe of one that it has
+
+# What may differ from the published case in a row that still counts as the published method.
+_SAME_METHOD = {"steps", "warm_up", "eval_every", "batch", "rate", "precision", "protocol"}
+
+_RUN = ["task", "attention", "seed", "model", "recipe"]  # what makes two runs the same
+
+Frames = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim; `command` may hold several, with ", " between them."""
+
+    claim: str
+    command: str
+    output: str
+    hardware: str
+    minutes: str
+    published: str
+    ours: str
+    verdict: str
+    why: str
+
+    def __post_init__(self):
+        assert self.verdict in WORDS, self.verdict
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Difference of two means over seeds, and its standard error (NaN where one of them has a single seed)."""
+
+    difference: float
+    error: float
+    seeds: tuple[int, int]
+
+    @property
+    def beyond(self) -> bool:
+        return abs(self.difference) > 2 * self.error
+
+    def __str__(self) -> str:
+        if np.isnan(self.error):
+            seeds = "one seed" if self.seeds == (1, 1) else f"{self.seeds[0]} and {self.seeds[1]} seeds"
+            return f"{self.difference:+.2f} ({seeds}, no spread)"
+        return f"{self.difference:+.2f} ± {self.error:.2f} ({'beyond' if self.beyond else 'within'} the spread)"
+
+
+def gap(values: pd.Series, others: pd.Series) -> Gap | None:
+    """Mean of `values` less mean of `others`; None where one of them has nothing."""
+    if not len(values) or not len(others):
+        return None
+    error = np.sqrt(sum(part.std(ddof=1) ** 2 / len(part) for part in (values, others)))
+    return Gap(values.mean() - others.mean(), error, (len(values), len(others)))
+
+
+def judge_ratio(ours: float, published: float) -> str:
+    """Of "so many times as much": most of the published ratio, more than once, or not even that."""
+    if np.isnan(ours):
+        return NOT_RUN
+    return REPRODUCED if ours >= ENOUGH * published else IN_DIRECTION if ours > 1 else NOT_REPRODUCED
+
+
+def judge_gain(found: Gap | None, published: float = 0.0) -> str:
+    """Of "more than": the right sign is the direction; beyond the spread, and most of the published gain, is all."""
+    if found is None:
+        return NOT_RUN
+    if found.difference <= 0:
+        return NOT_REPRODUCED
+    return REPRODUCED if found.beyond and found.difference >= ENOUGH * published else IN_DIRECTION
+
+
+def judge_order(gaps: Iterable[Gap | None]) -> str:
+    """Of "before all the others": the worst of the single comparisons; one that isn't there leaves the direction."""
+    words = [judge_gain(found) for found in gaps]
+    measured = [word for word in words if word != NOT_RUN]
+    if not measured:
+        return NOT_RUN
+    if NOT_REPRODUCED in measured:
+        return NOT_REPRODUCED
+    return REPRODUCED if set(words) == {REPRODUCED} else IN_DIRECTION
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts(frames: Frames) -> list[Verdict]:
+    """A verdict for every claim, in the paper's order; `frames` needs no experiment that has no rows."""
+    frames = {name: frames.get(name, pd.DataFrame()) for name in SOURCES}
+    return [
+        parameter_counts(),
+        *(switching(frames, group) for group in PUBLISHED_SWITCH),
+        *(first(frames, name) for name in PAPER_TASKS),
+        *(dense_last(frames, name) for name in PAPER_TASKS),
+        *(gain(frames, name) for name in PAPER_TASKS),
+        *(step_ratio(frames, name) for name in PAPER_TASKS),
+        *(operation(frames, name) for name in SPARSE_OPERATIONS),
+        bottleneck(frames),
+        attention_memory(frames),
+        step_memory(frames),
+        sparse_maps(frames),
+        fine_tuning(frames),
+        fine_tuning_time(frames),
+        mass_kept(frames),
+    ]
+
+
+def bench(experiment: str, *only: str) -> str:
+    """The command that measures some cases of an experiment."""
+    return " ".join([f"python -m sat_lib bench {experiment} --profile paper", *(["--only", *only] if only else [])])
+
+
+def where(frame: pd.DataFrame, **equal) -> pd.DataFrame:
+    """The rows with these values; none where a column isn't there."""
+    for name, value in equal.items():
+        frame = frame[frame[name] == value] if name in frame else frame.iloc[:0]
+    return frame
+
+
+def _number(frame: pd.DataFrame, name: str) -> pd.Series:
+    return frame[name].astype(float) if name in frame else pd.Series(np.nan, frame.index, float)
+
+
+def _hardware(rows: pd.DataFrame) -> str:
+    return ", ".join(sorted({name.removeprefix("NVIDIA ") for name in rows["device"]}))
+
+
+def _wall_minutes(rows: pd.DataFrame) -> str:
+    """What measuring these rows took, as far as they tell."""
+    seconds = _number(rows, "wall_seconds")
+    if seconds.isna().all():
+        return "-"
+    return f"{'at least ' if seconds.isna().any() else ''}{seconds.sum() / 60:.1f}"
+
+
+def _run_minutes(rows: pd.DataFrame) -> str:
+    """From the shortest to the longest training run."""
+    minutes = [sum(seconds.values()) / 60 for seconds in rows["seconds"]]
+    return f"{_span(minutes, '.0f')} a run"
+
+
+def _span(values: Iterable[float], form: str = ".2f") -> str:
+    """ "a to b", or one number where both look the same."""
+    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _mean(percent: pd.Series) -> str:
+    if len(percent) == 1:
+        return f"{percent.iloc[0]:.2f} (1 seed)"
+    return f"{percent.mean():.2f} ± {percent.std(ddof=1):.2f} ({len(percent)} seeds)"
+
+
+def _head(claim: str, command: str, output: str, published: str) -> dict:
+    return {"claim": claim, "command": command, "output": output, "published": published}
+
+
+def _verdict(head: dict, rows: pd.DataFrame, ours: str, verdict: str, why: str) -> Verdict:
+    minutes = _run_minutes(rows) if "seconds" in rows else _wall_minutes(rows)
+    return Verdict(**head, hardware=_hardware(rows), minutes=minutes, ours=ours, verdict=verdict, why=why)
+
+
+def _not_run(head: dict) -> Verdict:
+    return Verdict(**head, hardware="-", minutes="-", ours="-", verdict=NOT_RUN, why="There are no rows yet.")
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def parameter_counts() -> Verdict:
+    """Counted in models that are built here."""
+    ours = {name: Encoder(model_config(name)).parameter_count() for name in PUBLISHED_PARAMETERS}
+    off = [TASK_NAMES[name] for name, count in PUBLISHED_PARAMETERS.items() if ours[name] != count]
+    return Verdict(
+        "the model has the published number of parameters (" + ", ".join(map(TASK_NAMES.get, ours)) + ")",
+        "make test",
+        "tests/test_model.py",
+        "CPU",
+        "-",
+        "; ".join(f"{count:,}" for count in PUBLISHED_PARAMETERS.values()),
+        "; ".join(f"{count:,}" for count in ours.values()),
+        NOT_REPRODUCED if off else REPRODUCED,
+        f"{', '.join(off)} differ." if off else "All four are the same, the sparsity parameter included.",
+    )
+
+
+# ---- training runs ---------------------------------------------------------------------------------------------------
+
+
+def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
+    """Runs of the published method, each once, whichever experiment has it; `part` marks those that can't be set
+    beside a published accuracy, for fewer training examples or steps."""
+    found = [frames[name] for name in experiments if len(frames.get(name, ()))]
+    if not found:
+        return pd.DataFrame()
+    runs = pd.concat(found, ignore_index=True)
+    runs = runs[[_is_published_method(case) for _, case in runs.iterrows()]]
+    same = [files.digest([run[name] for name in _RUN]) for run in runs[_RUN].astype(object).to_dict("records")]
+    runs = runs[~pd.Series(same, runs.index, dtype=object).duplicated()]
+    return runs.assign(part=[_is_part(run) for _, run in runs.iterrows()])
+
+
+def _is_published_method(run: pd.Series) -> bool:
+    """Neither theta nor the density nor the model was changed; how a baseline is computed doesn't matter."""
+    return set(run["recipe"]) <= _SAME_METHOD and set(run["model"]) <= {"implementation"}
+
+
+def _is_part(run: pd.Series) -> bool:
+    steps = PUBLISHED[run["task"]].steps
+    fewer = run["train_examples"] < WHOLE * task(run["task"]).sizes["train"]
+    return bool(fewer or run["recipe"].get("steps", steps) < steps)
+
+
+def _comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
+    """A task's runs on the whole data or on parts, of the setting that has most of them: others aren't mixed in."""
+    runs = where(runs, task=name, part=part)
+    if not len(runs):
+        return runs
+    settings = runs["recipe"].map(files.digest) + runs["train_examples"].astype(str)
+    return runs[settings == settings.value_counts().idxmax()]
+
+
+def _percent(runs: pd.DataFrame, attention: str) -> pd.Series:
+    return 100 * _number(where(runs, attention=attention), "test_accuracy")
+
+
+def switching(frames: Frames, group: str) -> Verdict:
+    """Whether SAT's own test ended the dense phase, and when, over all seeds."""
+    names, low, high, published = PUBLISHED_SWITCH[group]
+    runs = training_runs(frames, "accuracy", "training", "accuracy_short")
+    runs = where(runs, attention="sat")
+    runs = runs[runs["task"].isin(names)] if len(runs) else runs
+    if len(runs) and not runs["part"].all():
+        runs = runs[~runs["part"]]  # parts speak only where nothing else does
+    used = set(runs["task"]) if len(runs) else names[:1]
+    head = _head(
+        f"training switches by itself within few steps: {group}",
+        ", ".join(
+            _training_commands(runs[runs["task"] == name] if len(runs) else runs, name)
+            for name in names
+            if name in used
+        ),
+        "02_training, 03_accuracy_table",
+        f"{published} (released runs)",
+    )
+    if not len(runs):
+        return _not_run(head)
+    steps = _number(runs, "transition_step").dropna()
+    inside = steps.between(low, high)
+    part = runs["part"].any()
+    everything = len(steps) == len(runs) and inside.all() and not part
+    why = f"On {'parts of ' if part else ''}{' and '.join(TASK_NAMES[name] for name in names if name in used)} "
+    why += f"{len(steps)} of {len(runs)} runs switched"
+    why += f", {inside.sum()} of them within the published range" if len(steps) else ""
+    outside = steps[~inside]
+    why += f" and {len(outside)} outside it, at step {_span(outside, ',.0f')}" if len(outside) else ""
+    return _verdict(
+        head,
+        runs,
+        _switches(runs),
+        REPRODUCED if everything else IN_DIRECTION if len(steps) else NOT_REPRODUCED,
+        why + _similar_switches(frames, names[0]) + ".",
+    )
+
+
+def _switches(runs: pd.DataFrame) -> str:
+    steps = _number(runs, "transition_step").dropna()
+    return (f"step {_span(steps, ',.0f')}; " if len(steps) else "") + f"{len(steps)} of {len(runs)} runs switched"
+
+
+def _similar_switches(frames: Frames, name: str) -> str:
+    """The same of a task that the paper doesn't have, where it stands in for this one."""
+    other = SIMILAR.get(name)
+    runs = where(training_runs(frames, "accuracy", "accuracy_short"), task=other, attention="sat")
+    return f"; {TASK_NAMES[other]}, with the same recipe: {_switches(runs)}" if len(runs) else ""
+
+
+def _training_commands(runs: pd.DataFrame, name: str) -> str:
+    """The commands that the runs of a task come from."""
+    experiments = list(dict.fromkeys(runs["experiment"])) if "experiment" in runs else []
+    return ", ".join(bench(experiment, f"task={name}") for experiment in experiments or ["accuracy"])
+
+
+def _accuracy(frames: Frames, name: str, claim: str, published: str) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+    """What all claims on a task's accuracy begin with: the head, and the runs on the whole data and on a part."""
+    runs = training_runs(frames, "accuracy", "accuracy_short")
+    whole, part = (_comparable(runs, name, wanted) for wanted in (False, True))
+    head = _head(
+        f"{TASK_NAMES[name]}: {claim}",
+        _training_commands(whole if len(whole) else part, name),
+        "03_accuracy, 03_accuracy_table",
+        published,
+    )
+    return head, whole, part
+
+
+def _accuracy_verdict(head: dict, runs: pd.DataFrame, ours: str, word: str, why: str) -> Verdict:
+    never = where(runs, attention="sat")
+    never = int(_number(never, "transition_step").isna().sum())
+    if never:
+        why += f"; {never} of SAT's runs never switched and {'count' if never > 1 else 'counts'} all the same"
+    if "data_official" in runs and not runs["data_official"].astype(bool).all():
+        why += "; the data lack the official archive's checksum"
+    return _verdict(head, runs, ours, word, why + ".")
+
+
+def _part_verdict(head: dict, part: pd.DataFrame, what: str) -> Verdict:
+    """Runs on a part are shown, and aren't held against the published accuracy."""
+    size, full = int(part["train_examples"].max()), task(part["task"].iloc[0]).sizes["train"]
+    steps = {recipe.get("steps") for recipe in part["recipe"]} - {None}
+    shorter = f" in {_span(steps, ',')} steps" if steps else ""
+    why = f"Only runs on {size:,} of {full:,} training examples{shorter}, which the published accuracies aren't from"
+    return _accuracy_verdict(head, part, f"on a part: {_means(part)}", NOT_RUN, f"{why}: there {what}")
+
+
+def _means(runs: pd.DataFrame) -> str:
+    """Every attention's mean, the best first."""
+    values = {name: _percent(runs, name) for name in NAMES}
+    values = {name: percent for name, percent in values.items() if len(percent)}
+    ranked = sorted(values, key=lambda name: -values[name].mean())
+    return ", ".join(f"{NAMES[name]} {_mean(values[name])}" for name in ranked)
+
+
+def _similar(frames: Frames, name: str) -> str:
+    """What a task that the paper doesn't have shows, where it stands in for this one."""
+    other = SIMILAR.get(name)
+    if other is None:
+        return ""
+    runs = training_runs(frames, "accuracy", "accuracy_short")
+    found = [_comparable(runs, other, part) for part in (False, True)]
+    found = next((some for some in found if len(some)), None)
+    if found is None:
+        return ""
+    return f"; {TASK_NAMES[other]}, which the paper doesn't have, with {TASK_NAMES[name]}'s recipe: {_means(found)}."
+
+
+def _with_similar(frames: Frames, name: str, found: Verdict) -> Verdict:
+    more = _similar(frames, name)
+    return replace(found, why=found.why.removesuffix(".") + more) if more else found
+
+
+def _against(gaps: dict[str, Gap | None], form: str = "{gap} against {name}") -> str:
+    """The comparisons in words, and those that nobody has run."""
+    told = [form.format(gap=found, name=NAMES[name]) for name, found in gaps.items() if found is not None]
+    absent = [NAMES[name] for name, found in gaps.items() if found is None]
+    return ", ".join(told) + (f"; not run: {', '.join(absent)}" if absent else "")
+
+
+def _incomplete(head: dict, runs: pd.DataFrame) -> Verdict:
+    """Nothing to compare: no rows, or rows of other attentions alone."""
+    if not len(runs):
+        return _not_run(head)
+    return _accuracy_verdict(head, runs, _means(runs), NOT_RUN, "The runs to compare these with aren't there yet")
+
+
+def first(frames: Frames, name: str) -> Verdict:
+    """Whether the published winner of a task wins."""
+    means = {attention: PUBLISHED_ACCURACY[attention][name] for attention in NAMES}
+    winner, *others = sorted(means, key=lambda attention: -means[attention])
+    published = ", ".join(f"{NAMES[attention]} {means[attention]:.2f}" for attention in (winner, *others))
+    head, runs, part = _accuracy(frames, name, f"{NAMES[winner]} is the most accurate", published)
+    ours = runs if len(runs) else part
+    gaps = {other: gap(_percent(ours, winner), _percent(ours, other)) for other in others}
+    if not any(gaps.values()):
+        found = _incomplete(head, ours)
+    else:
+        told = f"{NAMES[winner]} is at {_against(gaps)}"
+        word = judge_order(gaps.values())
+        found = (
+            _accuracy_verdict(head, runs, _means(runs), word, told) if len(runs) else _part_verdict(head, part, told)
+        )
+    return _with_similar(frames, name, found)
+
+
+def dense_last(frames: Frames, name: str) -> Verdict:
+    """Whether every other attention beats dense attention."""
+    others = [attention for attention in NAMES if attention != "dense"]
+    means = {attention: PUBLISHED_ACCURACY[attention][name] for attention in NAMES}
+    nearest = min(others, key=means.get)
+    published = f"dense {means['dense']:.2f}, next {NAMES[nearest]} {means[nearest]:.2f}"
+    head, runs, part = _accuracy(frames, name, "dense attention is the least accurate", published)
+    ours = runs if len(runs) else part
+    gaps = {other: gap(_percent(ours, other), _percent(ours, "dense")) for other in others}
+    if not any(gaps.values()):
+        return _incomplete(head, ours)
+    told = f"against dense {_against(gaps, '{name} {gap}')}"
+    if not len(runs):
+        return _part_verdict(head, part, told)
+    lowest = min((other for other in others if gaps[other]), key=lambda other: gaps[other].difference)
+    shown = f"dense {_mean(_percent(runs, 'dense'))}, lowest other {NAMES[lowest]} {_mean(_percent(runs, lowest))}"
+    return _accuracy_verdict(head, runs, shown, judge_order(gaps.values()), told[0].upper() + told[1:])
+
+
+def gain(frames: Frames, name: str) -> Verdict:
+    """SAT's accuracy less dense attention's."""
+    published = PUBLISHED_ACCURACY["sat"][name] - PUBLISHED_ACCURACY["dense"][name]
+    head, runs, part = _accuracy(frames, name, "accuracy that SAT gains over dense attention", f"{published:+.2f}")
+    ours = runs if len(runs) else part
+    found = gap(_percent(ours, "sat"), _percent(ours, "dense"))
+    if found is None:
+        return _incomplete(head, ours)
+    if not len(runs):
+        return _part_verdict(head, part, f"SAT is at {found} against dense")
+    if np.isnan(found.error):
+        why = "Without two seeds of both there is no spread to judge by"
+    elif not found.beyond:
+        why = f"The difference is less than twice its standard error of {found.error:.2f}"
+    else:
+        sign = "with the published sign" if found.difference > 0 else "with the opposite sign"
+        share = found.difference / published
+        why = f"Beyond twice its standard error of {found.error:.2f}, {sign}, {share:.2f} times the published gain"
+    return _accuracy_verdict(head, runs, str(found), judge_gain(found, published), why)
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two medians, with the widest that their quartiles allow."""
+
+    value: float
+    low: float
+    high: float
+    step: str = ""  # "fast" or "plain", where the rows tell how the steps were taken
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def time_ratio(slower: pd.Series, faster: pd.Series) -> Ratio:
+    """`slower`'s time over `faster`'s."""
+    low, middle, high = (float(faster[name]) for name in ("low_ms", "median_ms", "high_ms"))
+    return Ratio(slower["median_ms"] / middle, slower["low_ms"] / high, slower["high_ms"] / low, slower.get("step", ""))
+
+
+def _pair(steps: pd.DataFrame, name: str, kind: str) -> tuple[pd.Series, pd.Series] | None:
+    """A kind's and SAT's row of a task, both timed the same way: both fast where there is such a pair, else plain.
+
+    None where the one was fast and the other wasn't: their ratio would be that of the ways, not of the attentions.
+    """
+    steps = where(steps, task=name)
+    steps = steps[_number(steps, "median_ms").notna()]
+    steps = steps.assign(step=steps["step"].fillna("") if "step" in steps else "")
+    one, sat = (where(steps, kind=wanted) for wanted in (kind, "sat, sparse phase"))
+    for way in ("fast", "plain", ""):
+        pair = [where(part, step=way) for part in (one, sat)]
+        if all(map(len, pair)):
+            return pair[0].iloc[-1], pair[1].iloc[-1]
+    return None
+
+
+def step_ratios(steps: pd.DataFrame, name: str) -> dict[str, Ratio]:
+    """Kind of step -> its time over SAT's sparse phase, for one task."""
+    kinds = list(dict.fromkeys(steps["kind"])) if "kind" in steps else []
+    pairs = {kind: _pair(steps, name, kind) for kind in kinds}
+    return {kind: time_ratio(*pair) for kind, pair in pairs.items() if pair is not None}
+
+
+def step_ratio(frames: Frames, name: str) -> Verdict:
+    """How many times as long as SAT's BigBird's step takes; judged by the implementations that the paper could use."""
+    steps = where(frames["step"], task=name)
+    head = _head(
+        f"{TASK_NAMES[name]}: a training step of BigBird takes longer than SAT's",
+        bench("step", f"task={name}"),
+        "04_step_time, 04_step_time_table",
+        f"{PUBLISHED_BIGBIRD[name]:.2f} times",
+    )
+    ratios = step_ratios(steps, name)
+    compared = {kind: ratios[kind] for kind in ("bigbird, library", "bigbird, transformers") if kind in ratios}
+    if not compared:
+        return _not_run(head)
+    least = min(compared, key=lambda kind: compared[kind].value)
+    labels = {"bigbird, transformers": "layer of transformers", "bigbird, library": "gathers and products of our own",
+              "bigbird, kernel": "through SAT's kernel"}  # fmt: skip
+    ours = "; ".join(f"{label} {ratios[kind]}" for kind, label in labels.items() if kind in ratios)
+    ways = sorted({ratios[kind].step for kind in labels if kind in ratios} - {""})
+    ours += f"; {' and '.join(ways)} steps" if ways else ""
+    alone = [label for kind, label in labels.items() if kind in set(steps["kind"]) and kind not in ratios]
+    ours += f"; {', '.join(alone)}: not measured in the same way as SAT" if alone else ""
+    others = {"bigbird, kernel": "BigBird's pattern", "longformer, kernel": "Longformer's"}
+    told = [f"{label} {ratios[kind].value:.2f}" for kind, label in others.items() if kind in ratios]
+    why = f"Judged by {'the smaller ratio, ' if len(compared) > 1 else ''}that of the {labels[least]}"
+    if told:
+        why += f"; the pattern alone, through SAT's own kernel: {' and '.join(told)} times"
+    told = {"dense": "a dense step takes", "sat, dense phase": "one of SAT's dense phase"}
+    told = [f"{label} {ratios[kind].value:.2f} times" for kind, label in told.items() if kind in ratios]
+    why += f"; {', '.join(told)}" if told else ""
+    return _verdict(head, steps, ours, judge_ratio(compared[least].value, PUBLISHED_BIGBIRD[name]), why + ".")
+
+
+# ---- operations and memory -------------------------------------------------------------------------------------------
+
+
+def _operations(frames: Frames) -> pd.DataFrame:
+    """The rows that time single operations, with a label for the arithmetic."""
+    rows = where(frames["kernels"], sweep="operations")
+    if not len(rows):
+        return rows
+    tf32 = rows["tf32"].eq(True) if "tf32" in rows else pd.Series(False, rows.index)
+    return rows.assign(arithmetic=rows["dtype"] + np.where(tf32, " with TF32", ""))
+
+
+def operation(frames: Frames, name: str) -> Verdict:
+    """How many times as long as its block-sparse form a dense operation takes, in both precisions."""
+    dense, sparse = OPERATIONS[name]
+    head = _head(
+        f"{SPARSE_OPERATIONS[name]} is faster than its dense form (forward, CIFAR-10)",
+        bench("kernels", "sweep=operations"),
+        "05_time_breakdown",
+        f"{PUBLISHED_SPEED_UP[name]:.2f} times",
+    )
+    rows = where(_operations(frames), task="cifar10")
+    ratios = _number(rows, f"{dense}_ms") / _number(rows, f"{sparse}_ms")
+    rows, ratios = rows[ratios.notna()], ratios.dropna()
+    if not len(rows):
+        return _not_run(head)
+    share = ratios.min() / PUBLISHED_SPEED_UP[name]
+    why = f"The smaller of the two is {share:.2f} times the published one{_floor(frames, rows, sparse)}"
+    fused, single = _fused_ms(frames), where(rows, dtype="bfloat16")
+    if fused and len(single):
+        why += f"; fused dense attention as a whole takes {fused:.2f} ms in bfloat16, this dense operation alone "
+        why += f"{single[f'{dense}_ms'].iloc[0]:.2f}"
+    return _verdict(
+        head,
+        rows,
+        "; ".join(f"{label} {ratio:.1f}" for label, ratio in zip(rows["arithmetic"], ratios, strict=True)),
+        judge_ratio(ratios.min(), PUBLISHED_SPEED_UP[name]),
+        why + ".",
+    )
+
+
+def _fused_ms(frames: Frames) -> float | None:
+    """Forward time of PyTorch's fused dense attention in bfloat16, on the main workload."""
+    rows = where(frames["kernels"], sweep="main", implementation="sdpa", dtype="bfloat16")
+    times = _number(rows, "forward_ms").dropna()
+    return times.iloc[0] if len(times) else None
+
+
+def _floor(frames: Frames, rows: pd.DataFrame, sparse: str) -> str:
+    """How near the sparse operation is to the time that its bytes take, where a copy was measured."""
+    copy = _number(where(frames["kernels"], sweep="copy"), "bandwidth_tb_s").dropna()
+    if not len(copy):
+        return ""
+    times = _number(rows, f"{sparse}_ms") * copy.iloc[0] * 1e9 / _number(rows, f"{sparse}_floor_bytes")
+    return f"; ours takes {_span(times)} times as long as its bytes need"
+
+
+def bottleneck(frames: Frames) -> Verdict:
+    """Whether the softmax takes longest of the three dense operations, in every task and precision."""
+    share = 100 * PUBLISHED_DENSE_MS["softmax"] / sum(PUBLISHED_DENSE_MS.values())
+    parts = [f"{name} {value:g}" for name, value in PUBLISHED_DENSE_MS.items()]
+    head = _head(
+        "the softmax is the bottleneck of dense attention",
+        bench("kernels", "sweep=operations"),
+        "05_time_breakdown",
+        f"{share:.0f} % of the forward time (ms: {', '.join(parts)})",
+    )
+    rows = _operations(frames)
+    times = pd.DataFrame({name: _number(rows, f"{dense}_ms") for name, (dense, _) in OPERATIONS.items()}).dropna()
+    if not len(times):
+        return _not_run(head)
+    rows = rows.loc[times.index]
+    longest = times.idxmax(axis=1) == "softmax"
+    shares = 100 * times["softmax"] / times.sum(axis=1)
+    ours = [f"{_span(part, '.0f')} % in {label}" for label, part in shares.groupby(rows["arithmetic"], sort=False)]
+    word = REPRODUCED if longest.all() else IN_DIRECTION if longest.any() else NOT_REPRODUCED
+    why = f"With a map that is written out it takes longest in {longest.sum()} of {len(longest)} cases"
+    fused, whole = _fused_ms(frames), times.loc[where(rows, dtype="bfloat16", task="cifar10").index].sum(axis=1)
+    if fused and len(whole):
+        why += (
+            f"; fused dense attention never writes the map and takes {fused:.2f} ms in bfloat16, the three operations "
+        )
+        why += f"together {whole.iloc[0]:.2f}"
+    return _verdict(head, rows, "; ".join(ours), word, why + ".")
+
+
+def memory_ratios(kernels: pd.DataFrame, implementation: str) -> pd.Series:
+    """Length -> peak memory of attention alone over the fused kernel's, at the same head size."""
+    keys = ["length", "head_size", "batch"]
+    rows = where(kernels, sweep="length")
+    peaks = [where(rows, implementation=name) for name in (implementation, "fused")]
+    if not all(map(len, peaks)):
+        return pd.Series(dtype=float)
+    both = peaks[0].merge(peaks[1], on=keys, suffixes=("", "_fused")).sort_values("length")
+    return (both["peak_bytes"] / both["peak_bytes_fused"]).set_axis(both["length"]).dropna()
+
+
+def attention_memory(frames: Frames) -> Verdict:
+    """Peak memory of attention alone, forward and backward, against dense attention that writes its map."""
+    head = _head(
+        "less peak memory: attention alone",
+        bench("kernels", "sweep=length"),
+        "07_scaling",
+        f"up to {PUBLISHED_MEMORY} times",
+    )
+    written, fused = (memory_ratios(frames["kernels"], name) for name in ("materialised", "sdpa"))
+    if not len(written):
+        return _not_run(head)
+    rows = where(frames["kernels"], sweep="length")
+    lengths = f"L = {written.index.min():,.0f} to {written.index.max():,.0f}"
+    ours = f"{_span(written, '.0f')} times against the written-out map ({lengths})"
+    ours += f"; {_span(fused)} against fused dense attention" if len(fused) else ""
+    return _verdict(
+        head,
+        rows,
+        ours,
+        judge_ratio(written.max(), PUBLISHED_MEMORY),
+        "Judged against a map that is written out, whose memory grows with the square of the length; fused dense "
+        f"attention stores none either{f', and needs {_span(fused)} times as much as ours' if len(fused) else ''}.",
+    )
+
+
+def step_memory_ratios(steps: pd.DataFrame) -> pd.DataFrame:
+    """Task and kind -> peak memory of a whole step over that of SAT's sparse phase."""
+    kinds = list(dict.fromkeys(steps["kind"])) if "kind" in steps else []
+    lines = []
+    for name in dict.fromkeys(steps["task"]) if kinds else []:
+        for kind in kinds:
+            pair = _pair(steps, name, kind)
+            if pair is not None and not kind.startswith("sat"):
+                lines.append({"task": name, "kind": kind, "ratio": pair[0]["peak_bytes"] / pair[1]["peak_bytes"]})
+    return pd.DataFrame(lines, columns=["task", "kind", "ratio"]).dropna()
+
+
+def step_memory(frames: Frames) -> Verdict:
+    """Peak memory of whole training steps against the most wasteful of the other kinds."""
+    head = _head(
+        "less peak memory: a whole training step",
+        bench("step"),
+        "04_step_time, 04_step_time_table",
+        f"up to {PUBLISHED_MEMORY} times",
+    )
+    ratios = step_memory_ratios(frames["step"])
+    if not len(ratios):
+        return _not_run(head)
+    most = ratios.loc[ratios["ratio"].idxmax()]
+    by_kind = ratios.groupby("kind", sort=False)["ratio"]
+    shown = [most["kind"], "bigbird, kernel", *(kind for kind in by_kind.groups if kind.split(",")[0] == "dense")]
+    told = [f"{kind} {_span(by_kind.get_group(kind))}" for kind in dict.fromkeys(shown) if kind in by_kind.groups]
+    why = f"The most is {most['ratio']:.2f} times, against {most['kind']} on {TASK_NAMES[most['task']]}"
+    same_kernel = ratios[ratios["kind"].str.endswith(", kernel")]["ratio"]
+    why += (
+        f"; through SAT's own kernel the baselines need {_span(same_kernel)} times as much" if len(same_kernel) else ""
+    )
+    return _verdict(
+        head, frames["step"], "; ".join(told) + " times SAT's", judge_ratio(most["ratio"], PUBLISHED_MEMORY), why + "."
+    )
+
+
+# ---- pretrained models -----------------------------------------------------------------------------------------------
+
+
+def _stand_ins(rows: pd.DataFrame) -> str:
+    absent = [name for name in PUBLISHED_MODELS if name not in set(rows["model"])]
+    return f"; not run: {', '.join(absent)}" if absent else ""
+
+
+def sparse_maps(frames: Frames) -> Verdict:
+    """Whether fine-tuned maps have more entries near 0 than untrained ones; padding, which has none, left out."""
+    rows = frames["motivation"]
+    head = _head(
+        "attention maps of pretrained models are sparse: a diagonal and its strides in images, a thick "
+        "diagonal and empty padding in text",
+        ", ".join(bench("motivation", f"model={name}") for name in _models(rows)),
+        "01_motivation, 01_motivation_table",
+        "a figure, no numbers",
+    )
+    if not len(rows):
+        return _not_run(head)
+    ours, told, holds = [], [], []
+    for _, row in rows.iterrows():
+        means = 100 * pd.DataFrame(row["metrics"]).groupby("moment").mean(numeric_only=True)
+        before, middle = means.loc["untrained"], means.loc["half way"]
+        holds.append(middle["small_share_real"] > before["small_share_real"])
+        ours.append(
+            f"{row['model']} on {row['data']}: {middle['small_share']:.0f} % of the entries below 1/(10 L) half way "
+            f"through fine-tuning, {before['small_share']:.0f} % untrained; the largest 5 % hold "
+            f"{middle['top5_mass']:.0f} % of the mass"
+        )
+        told.append(_shape_of_maps(row["model"], middle))
+    complete = set(PUBLISHED_MODELS) <= set(rows["model"])
+    word = NOT_REPRODUCED if not all(holds) else REPRODUCED if complete else IN_DIRECTION
+    return _verdict(head, rows, "; ".join(ours), word, "; ".join(told) + _stand_ins(rows) + ".")
+
+
+def _models(rows: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(rows["model"])) if len(rows) else list(PUBLISHED_MODELS)
+
+
+def _shape_of_maps(model: str, means: pd.Series) -> str:
+    """Diagonals beside their share of the entries, or padding beside what real tokens show."""
+    text = f"{model}: the diagonal holds {means['diagonal_mass']:.1f} % of the mass with "
+    text += f"{means['diagonal_share']:.1f} % of the entries"
+    if not pd.isna(means.get("stride_mass", np.nan)):
+        text += f", the strides {means['stride_mass']:.1f} with {means['stride_share']:.1f} %"
+    if means["padding_share"] > 0:
+        text += f"; {means['padding_share']:.0f} % of the keys are padding, and among real tokens "
+        text += f"{means['small_share_real']:.0f} % of the entries are small"
+    return text
+
+
+def fine_tuning(frames: Frames) -> Verdict:
+    """Accuracy of SAT by the released rule against dense fine-tuning, at every density."""
+    rows = frames["finetuning"]
+    head = _head(
+        "SAT also fine-tunes pretrained models",
+        ", ".join(bench("finetuning", f"model={name}") for name in _models(rows)),
+        "09_finetuning, 09_finetuning_table",
+        "no numbers",
+    )
+    parts = {
+        key: part
+        for key, part in (rows.groupby(["model", "data"], sort=False) if len(rows) else ())
+        if {"dense", "sat"} <= set(part["attention"])
+    }
+    if not parts:
+        return _not_run(head)
+    ours, told, as_good, learns = [], [], [], []
+    for (model, data), part in parts.items():
+        dense = _percent(part, "dense")
+        sat = where(part, attention="sat", pattern="learned", pruned="zero")
+        by_density = {density: 100 * some["test_accuracy"] for density, some in sat.groupby("density")}
+        shown = [f"{_mean(by_density[density])} at {density:g}" for density in sorted(by_density, reverse=True)]
+        ours.append(f"{model} on {data}: dense {_mean(dense)}, SAT {', '.join(shown)}")
+        gaps = {density: gap(percent, dense) for density, percent in by_density.items()}
+        best = max(gaps, key=lambda density: gaps[density].difference)
+        as_good.append(gaps[best].difference >= 0 or not (np.isnan(gaps[best].error) or gaps[best].beyond))
+        learns.append(by_density[best].mean() > ALWAYS_ONE.get(data, 0))
+        pooled = _percent(where(part, pattern="pooled", pruned="zero", density=best), "sat")
+        more = f", {_mean(pooled)} where the blocks are those that hold most attention" if len(pooled) else ""
+        told.append(
+            f"{model} at its best density of {best:g}: {gaps[best]} against dense{more}{_no_better(by_density, data)}"
+        )
+    word = REPRODUCED if all(as_good) else IN_DIRECTION if all(learns) else NOT_REPRODUCED
+    return _verdict(head, rows, "; ".join(ours), word, "; ".join(told) + _stand_ins(rows) + ".")
+
+
+def _no_better(by_density: dict[float, pd.Series], data: str) -> str:
+    """The densities at which as much would be right by always giving one answer."""
+    least = ALWAYS_ONE.get(data, 0)
+    poor = [f"{density:g}" for density, percent in by_density.items() if percent.mean() <= least]
+    return f" (at {', '.join(poor)} no better than one answer for all, {least:.1f} %)" if poor else ""
+
+
+def fine_tuning_time(frames: Frames) -> Verdict:
+    """A step of fine-tuning with fused dense attention over one in SAT's sparse phase, by shape."""
+    rows = frames["pretrained_step"]
+    head = _head("fine-tuning gets faster", bench("pretrained_step"), "09_finetuning_steps", "not claimed")
+    found = fine_tuning_ratios(rows)
+    if not found:
+        return _not_run(head)
+    best = [max(ratios, key=lambda ratio: ratio.value) for ratios in found.values()]
+    ours = [f"{shape}: {_span([ratio.value for ratio in ratios])}" for shape, ratios in found.items()]
+    clear = [shape for shape, top in zip(found, best, strict=True) if top.low > 1]
+    slower = [shape for shape, top in zip(found, best, strict=True) if top.value <= 1]
+    unclear = [shape for shape in found if shape not in (*clear, *slower)]
+    word = NOT_REPRODUCED if slower else IN_DIRECTION if unclear else REPRODUCED
+    shares = {"faster beyond the quartiles": clear, "within them": unclear, "slower": slower}
+    told = [f"{label} for {', '.join(shapes)}" for label, shapes in shares.items() if shapes]
+    return _verdict(
+        head,
+        rows,
+        "fused dense attention's step over SAT's, over the densities: " + "; ".join(ours),
+        word,
+        f"At its best density SAT's step is {'; '.join(told)}.",
+    )
+
+
+def fine_tuning_ratios(rows: pd.DataFrame) -> dict[str, list[Ratio]]:
+    """Shape -> step time of fused dense attention over SAT's sparse phase, one for each density."""
+    found = {}
+    for (name, length), part in rows.groupby(["architecture", "length"], sort=False) if len(rows) else ():
+        dense, sat = where(part, attention="sdpa"), where(part, attention="sat, sparse phase")
+        if len(dense) and len(sat):
+            ratios = [time_ratio(dense.iloc[-1], line) for _, line in sat.iterrows()]
+            found[f"{name}, {length} tokens"] = ratios
+    return found
+
+
+# ---- what the kept blocks are worth ----------------------------------------------------------------------------------
+
+
+def mass_kept(frames: Frames) -> Verdict:
+    """Mass of the attention maps in the kept blocks beside as many random ones, at the end of a run."""
+    head = _head(
+        "the blocks that SAT keeps hold no more attention than random ones (not in the paper: seen on the "
+        "released checkpoints)",
+        bench("patterns"),
+        "08_explore",
+        "3.9 to 4.9 % of the mass at a density of 5 %",
+    )
+    rows = where(frames["patterns"], attention="sat")
+    lines = [_last_masses(row) for _, row in rows.iterrows()]
+    lines = pd.concat(lines, ignore_index=True) if lines else pd.DataFrame()
+    if not {"kept", "random", "best"} <= set(lines.columns):
+        return _not_run(head)
+    kept, random, best = (lines[name].mean() for name in ("kept", "random", "best"))
+    more = lines["kept"] - lines["random"]
+    error = more.std(ddof=1) / np.sqrt(len(more))
+    if kept <= random or more.mean() <= 2 * error:
+        word = REPRODUCED
+    else:
+        word = IN_DIRECTION if kept - random < best - kept else NOT_REPRODUCED
+    why = (
+        f"{more.mean():+.2f} ± {error:.2f} points against random ones, a standard error over {len(more)} layers and "
+        f"heads; the best blocks would hold {best / kept:.1f} times as much{_at_transition(frames)}."
+    )
+    return _verdict(
+        head,
+        rows,
+        f"kept {kept:.1f} %, random {random:.1f} %, best {best:.1f} % at a density of {rows['density'].iloc[0]:g}",
+        word,
+        why,
+    )
+
+
+def _last_masses(row: pd.Series) -> pd.DataFrame:
+    """A line per layer and head: percent of the mass by pattern in the last snapshot, at the run's density."""
+    lines = pd.DataFrame(row["comparison"])
+    lines = lines[np.isclose(lines["asked_density"], row["density"]) & (lines["step"] == lines["step"].max())]
+    table = 100 * lines.pivot_table(index=["layer", "head"], columns="pattern", values="mass_kept")
+    return table.rename(columns={"in use" if "in use" in table else "learned": "kept"}).reset_index(drop=True)
+
+
+def _at_transition(frames: Frames) -> str:
+    """The same over the seeds of the accuracy runs on CIFAR-10, from their mean maps at the transition."""
+    runs = where(training_runs(frames, "accuracy", "training"), task="cifar10", attention="sat")
+    shares = [
+        100 * (np.array(kept, float) * values).sum() / np.sum(values)
+        for maps in runs.get("maps", ())
+        if isinstance(maps, dict) and {"kept", "transition"} <= maps.keys()
+        for kept, values in zip(maps["kept"], np.array(maps["transition"], float), strict=True)
+    ]
+    if not shares:
+        return ""
+    return f"; at the transition of the CIFAR-10 runs the layers' kept blocks hold {_span(shares, '.1f')} %"
+
+
+# ---- table and figure ------------------------------------------------------------------------------------------------
+
+
+def verdict_table(frames: Frames) -> pd.DataFrame:
+    """A line per claim, commands as code."""
+    table = pd.DataFrame([asdict(line) for line in verdicts(frames)])
+    table["command"] = [", ".join(f"`{one}`" for one in several.split(", ")) for several in table["command"]]
+    return table
+
+
+def short_table(frames: Frames) -> pd.DataFrame:
+    """What of it fits a first page."""
+    return verdict_table(frames)[["claim", "published", "ours", "verdict"]]
+
+
+MARKS = {  # series of the right panel: mark and colour
+    "layer of transformers": ("s", PALETTE["bigbird"]),
+    "own gathers and products": ("^", PALETTE["bigbird"]),
+    "through SAT's kernel": ("o", PALETTE["sat"]),
+    "float32 with TF32": ("v", PALETTE["longformer"]),
+    "the most of all cases": ("X", PALETTE["dense"]),
+    "bfloat16": ("P", PALETTE["longformer"]),
+}
+_STEP_SERIES = dict(zip(("bigbird, transformers", "bigbird, library", "bigbird, kernel"), MARKS, strict=False))
+
+
+def verdict_figure(frames: Frames) -> tuple[Figure, pd.DataFrame]:
+    """Ours beside the published values: SAT's accuracy less dense attention's by task, and ratios over published."""
+    frames = {name: frames.get(name, pd.DataFrame()) for name in SOURCES}
+    gains, ratios = _gain_lines(frames), _ratio_lines(frames)
+    figure, ((left, right),) = new(PAGE, 3.2, 1, 2)
+    _draw_gains(left, gains)
+    _draw_ratios(right, ratios)
+    for axis, place in ((left, "outside upper left"), (right, "outside upper right")):
+        figure.legend(*axis.get_legend_handles_labels(), loc=place, ncols=2, frameon=False)
+    return figure, pd.concat([gains, ratios], ignore_index=True)
+
+
+def figure_rows(frames: Frames) -> pd.DataFrame:
+    """The rows behind the figure, for what is said of where it comes from."""
+    found = [frames[name] for name in ("accuracy", "accuracy_short", "step", "kernels") if len(frames.get(name, ()))]
+    # A column that only some experiments have would say "nan" beside the others' values.
+    kept = [part.drop(columns=["maps", "history", "seed", "task", "data_digest"], errors="ignore") for part in found]
+    rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
+    if "data_official" in rows:
+        rows["data_official"] = rows["data_official"].astype(object).where(rows["data_official"].notna(), True)
+    return rows
+
+
+def _gain_lines(frames: Frames) -> pd.DataFrame:
+    """A line per task and seed of SAT, and one with mean and standard error."""
+    runs, lines = training_runs(frames, "accuracy", "accuracy_short"), []
+    for name in PAPER_TASKS:
+        published = PUBLISHED_ACCURACY["sat"][name] - PUBLISHED_ACCURACY["dense"][name]
+        common = {"panel": "accuracy", "name": TASK_NAMES[name], "published": published}
+        whole = _comparable(runs, name, False)
+        some = whole if len(whole) else _comparable(runs, name, True)
+        common["part"] = not len(whole) and len(some) > 0
+        sat, dense = _percent(some, "sat"), _percent(some, "dense")
+        found = gap(sat, dense)
+        lines.append(common | {"series": "mean", "ours": np.nan if found is None else found.difference,
+                               "error": np.nan if found is None else found.error})  # fmt: skip
+        if found is not None:
+            seeds = zip(some.loc[sat.index, "seed"], sat - dense.mean(), strict=True)
+            lines += [common | {"series": "seed", "seed": seed, "ours": value} for seed, value in seeds]
+    return pd.DataFrame(lines).reindex(
+        columns=["panel", "name", "series", "seed", "ours", "error", "published", "part"]
+    )
+
+
+def _ratio_lines(frames: Frames) -> pd.DataFrame:
+    """A line per claim and way of measuring it."""
+    lines = []
+    for name in PAPER_TASKS:
+        for kind, ratio in step_ratios(where(frames["step"], task=name), name).items():
+            if kind in _STEP_SERIES:
+                lines.append((f"step, {TASK_NAMES[name]}", _STEP_SERIES[kind], ratio.value, PUBLISHED_BIGBIRD[name]))
+    operations = where(_operations(frames), task="cifar10")
+    for name, label in SPARSE_OPERATIONS.items():
+        dense, sparse = OPERATIONS[name]
+        for _, row in operations.iterrows():
+            lines.append((label, row["arithmetic"], row[f"{dense}_ms"] / row[f"{sparse}_ms"], PUBLISHED_SPEED_UP[name]))
+    most = {
+        "memory, attention": memory_ratios(frames["kernels"], "materialised"),
+        "memory, step": step_memory_ratios(frames["step"])["ratio"],
+    }
+    lines += [(label, "the most of all cases", part.max(), PUBLISHED_MEMORY) for label, part in most.items()]
+    drawn = pd.DataFrame(lines, columns=["name", "series", "ours", "published"]).assign(panel="ratio")
+    return drawn.assign(ours_over_published=drawn["ours"] / drawn["published"])
+
+
+def _draw_gains(axis: Axes, lines: pd.DataFrame) -> None:
+    """Seeds and their mean a little above a task's place, the published difference a little below."""
+    means = lines[lines["series"] == "mean"]
+    names = list(means["name"])
+    for label, part, face in (("seeds", False, PALETTE["sat"]), ("seeds, part of the data", True, "none")):
+        seeds = lines[(lines["series"] == "seed") & (lines["part"] == part)]
+        places = seeds["name"].map(names.index) - 0.15
+        if len(seeds):
+            settings = {"color": PALETTE["sat"], "markersize": 4, "markerfacecolor": face, "label": label}
+            axis.plot(seeds["ours"], places, "o", **settings)
+    above, below = np.arange(len(names)) - 0.15, np.arange(len(names)) + 0.15
+    settings = {"color": "0.25", "markersize": 9, "capsize": 2.5, "linewidth": 1, "label": "mean, standard error"}
+    axis.errorbar(means["ours"], above, xerr=means["error"].fillna(0), fmt="|", **settings)
+    settings = {"color": "black", "markersize": 4, "markerfacecolor": "none", "label": "published"}
+    axis.plot(means["published"], below, "D", **settings)
+    axis.axvline(0, color="0.4", linestyle=":", linewidth=1)
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    axis.set(xlabel="test accuracy, SAT less dense (points)")
+    axis.margins(x=0.08)
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    sns.despine(ax=axis)
+
+
+def _draw_ratios(axis: Axes, lines: pd.DataFrame) -> None:
+    names = list(dict.fromkeys(lines["name"]))
+    for number, (series, (mark, colour)) in enumerate(MARKS.items()):
+        part = lines[lines["series"] == series]
+        places = part["name"].map(names.index) + 0.2 * (number % 3 - 1)  # so that no mark hides another
+        axis.plot(part["ours_over_published"], places, mark, color=colour, markersize=4, label=series)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.axvline(ENOUGH, color="0.4", linestyle=":", linewidth=1)
+    axis.set(xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    axis.set(xlabel=f"our ratio / published (line: 1, dotted: {ENOUGH:g})")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    sns.despine(ax=axis)

@@ -1,0 +1,118 @@
+"""Two processes on a CPU train what one trains: the same losses, transition, layouts and weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import two_processes
+from conftest import tiny_config, tiny_splits
+
+from sat_lib import distributed, files, runs
+from sat_lib.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of runs by two processes, and what each of the two saw."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*command, str(here / "two_processes.py"), str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def losses(folder):
+    return [row["loss"] for row in files.read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def test_what_processes_say_to_one_another(two):
+    for seen in two[1]:
+        assert seen["mean"] == [[1.5], [[1.0, 1.0], [1.0, 1.0]]]
+        assert (seen["total"], seen["gathered"], seen["from_first"]) == ([3], [0, 1], 0)
+        assert "batch: wanted a multiple of 2 processes; got 5" in seen["refused"]
+
+
+def test_both_processes_have_one_transition_the_same_layouts_and_the_same_weights(two):
+    first, second = two[1]
+    for run in ("exact", "whole", "cut"):
+        assert first[run]["result"] == second[run]["result"]
+        for own in (first[run], second[run]):
+            assert own["own_grids"] == own["grids"] != []
+            assert own["own_weights"] == own["weights"]
+        assert first[run]["own_weights"] == second[run]["own_weights"]
+
+
+def test_two_processes_train_what_one_trains(two, tmp_path):
+    """Without dropout, the transition left to the rule."""
+    folder, (seen, _) = two
+    result = runs.fit(tiny_config(**two_processes.EXACT), tiny_splits(), tmp_path, torch.device("cpu"), progress=False)
+    assert seen["exact"]["result"]["processes"] == 2
+    assert result["processes"] == 1
+    assert seen["exact"]["result"]["transition_step"] == result["transition_step"] is not None
+    assert result["transition_step"] > 2
+    np.testing.assert_allclose(losses(folder / "exact"), losses(tmp_path), rtol=1e-4)
+    last = runs.load_checkpoint(tmp_path / "last.pt", torch.device("cpu"))["trainer"]
+    assert seen["exact"]["grids"] == [grid.int().tolist() for grid in last["grids"]]
+    for name, value in last["model"].items():
+        torch.testing.assert_close(torch.tensor(seen["exact"]["weights"][name]), value, rtol=1e-3, atol=1e-4)
+    for phase, best in result["best"].items():
+        assert best["test_examples"] == seen["exact"]["result"]["best"][phase]["test_examples"] == 9
+
+
+def test_a_run_of_two_that_was_cut_off_goes_on_bit_for_bit(two):
+    """With dropout, whose draws are each process's own."""
+    folder, (seen, _) = two
+    assert losses(folder / "cut") == losses(folder / "whole")
+    assert seen["cut"]["weights"] == seen["whole"]["weights"]
+
+
+def test_one_process_goes_on_where_two_stopped_and_a_finished_run_is_read(two):
+    folder, (seen, _) = two
+    again = runs.fit(tiny_config(), tiny_splits(), folder / "whole", torch.device("cpu"), progress=False)
+    assert again["test_accuracy"] == seen["whole"]["result"]["test_accuracy"]
+    (folder / "cut" / "result.json").unlink()
+    last = runs.load_checkpoint(folder / "cut" / "last.pt", torch.device("cpu"))
+    last["trainer"]["step"] = 11
+    runs.save_checkpoint(folder / "cut" / "last.pt", last)
+    alone = runs.fit(tiny_config(), tiny_splits(), folder / "cut", torch.device("cpu"), progress=False)
+    assert alone["processes"] == 1
+
+
+def test_the_command_line_trains_under_torchrun(tmp_path):
+    sizes = ["--set", "steps=4", "warm_up=2", "eval_every=2", "batch=6", "switch_at=1", "--model", "layers=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sat_lib"]
+    command += ["train", "digits16", *sizes, "--device", "cpu", "--folder", str(tmp_path)]
+    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("transition: step 1; judged in the sparse phase") == 1
+    assert " on 2 x " in ran.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["processes"] == 2
+
+
+def test_a_half_set_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(InputError, match=r"WORLD_SIZE is set and .*'RANK'.* are not. Start with torchrun"),
+        distributed.joined(torch.device("cpu")),
+    ):
+        pass
+
+
+def test_a_process_that_is_alone_talks_to_itself():
+    x = torch.arange(3.0)
+    assert distributed.size() == 1
+    assert distributed.mean([x])[0] is x
+    assert torch.equal(distributed.total(x), x)
+    assert distributed.gathered("a") == ["a"]
+    with distributed.joined(torch.device("cpu")) as device:
+        assert device == torch.device("cpu")
