@@ -486,7 +486,8 @@ def rows(
             measurement.
 
     Returns:
-        The columns of case and result side by side, and experiment, commit, device, torch, date of each row's stamp.
+        The columns of case and result side by side, and experiment, commit, device, torch, date, wall_seconds of each
+        row's stamp.
         Empty if nothing was measured and nothing may be. `frame.attrs["missing"]` counts the cases without a row.
 
     Raises:
@@ -537,11 +538,12 @@ def _main_device(stored: list[dict]) -> str | None:
 
 def _flat(row: dict) -> dict:
     stamp = {name: row["stamp"][name] for name in ("commit", "device", "python", "torch", "numpy", "date")}
-    return row["case"] | row["result"] | stamp | {"experiment": row["experiment"]}
+    taken = {"wall_seconds": row["stamp"].get("wall_seconds")}  # None in rows older than it
+    return row["case"] | row["result"] | stamp | taken | {"experiment": row["experiment"]}
 
 
 def table(frame: pd.DataFrame) -> str:
     """The rows as text, for the terminal: what is a number, a word or a short list."""
     plain = [name for name in frame.columns if not frame[name].map(lambda cell: isinstance(cell, list | dict)).any()]
-    hidden = {"experiment", "commit", "python", "torch", "numpy", "date"}
+    hidden = {"experiment", "commit", "python", "torch", "numpy", "date", "wall_seconds"}
     return frame[[name for name in plain if name not in hidden]].to_string(index=False, float_format="%.4g")

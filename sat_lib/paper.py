@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, files, map_figures, pattern_figures, verdicts
+from . import experiments, figures, files, map_figures, pattern_figures, verdict_figures, verdicts
 from .errors import require
 
 # stage -> experiment whose rows it draws, which of them (None: all), and how
@@ -13,6 +13,7 @@ FIGURES = {
     "01_motivation": ("motivation", None, map_figures.motivation),
     "02_training": ("training", None, figures.training),
     "03_accuracy": ("accuracy", None, figures.accuracy),
+    "03_accuracy_short": ("accuracy_short", None, figures.accuracy),
     "04_step_time": ("step", None, figures.step_time),
     "05_time_breakdown": ("kernels", {"sweep": "operations"}, figures.time_breakdown),
     "06_ablations": ("ablations", None, figures.ablations),
@@ -24,6 +25,7 @@ FIGURES = {
 TABLES = {
     "01_motivation_table": ("motivation", map_figures.motivation_table),
     "03_accuracy_table": ("accuracy", figures.accuracy_table),
+    "03_accuracy_short_table": ("accuracy_short", figures.accuracy_table),
     "04_step_time_table": ("step", figures.step_table),
     "09_finetuning_table": ("finetuning", map_figures.finetuning_table),
     "09_finetuning_steps": ("pretrained_step", map_figures.pretrained_step_table),
@@ -79,30 +81,14 @@ def _draw_verdicts(root: Path) -> None:
     frames = all_rows(root)
     for name, make in VERDICT_TABLES.items():
         figures.save_table(name, "paper", make(frames), root)
-    rows = verdicts.figure_rows(frames)
+    rows = verdict_figures.figure_rows(frames)
     if len(rows):
-        figures.save("verdicts_figure", "paper", *verdicts.verdict_figure(frames), rows, root)
+        figures.save("verdicts_figure", "paper", *verdict_figures.verdict_figure(frames), rows, root)
 
 
 def all_rows(root: Path = files.ROOT) -> dict[str, pd.DataFrame]:
-    """Experiment -> its rows as `experiments.rows` chooses them, with what the stamp says of the time they took.
-
-    An experiment that isn't in `experiments.EXPERIMENTS` counts with every case that its file has.
-    """
-    return {name: _stored_rows(name, root) for name in verdicts.SOURCES}
-
-
-def _stored_rows(name: str, root: Path) -> pd.DataFrame:
-    stored = files.read_rows(root / f"data/results/{name}.jsonl")
-    devices = [row["stamp"]["device"] for row in stored]
-    found = {
-        files.digest(row["case"]): {**row["case"], **row["result"], **row["stamp"], "experiment": name}
-        for row in stored
-        if row["stamp"]["device"] == max(devices, key=devices.count)
-    }
-    cases = experiments.EXPERIMENTS[name][0]("paper") if name in experiments.EXPERIMENTS else None
-    wanted = found if cases is None else [digest for digest in map(files.digest, cases) if digest in found]
-    return pd.DataFrame([found[digest] for digest in wanted])
+    """Experiment -> its rows."""
+    return {name: experiments.rows(name, "paper", measure=False, root=root) for name in verdicts.SOURCES}
 
 
 def smoke_table(row: dict) -> pd.DataFrame:

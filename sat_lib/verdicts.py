@@ -1,4 +1,4 @@
-"""What the rows say of the paper's claims: a verdict and a sentence each, a table and a figure. Nothing here measures.
+"""What the rows say of the paper's claims: a verdict and a sentence each, and tables of them. Nothing here measures.
 
     frames = {"accuracy": ..., "step": ...}     # experiment -> its rows, cases, results and stamps side by side
     verdict_table(frames)
@@ -11,13 +11,9 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from . import files
-from .figures import OPERATIONS, PAGE, PALETTE, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES, new
+from .figures import OPERATIONS, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES
 from .model import Encoder, model_config
 from .recipes import PAPER_TASKS, PUBLISHED
 from .tasks import task
@@ -47,6 +43,7 @@ PUBLISHED_MODELS = ("google/vit-base-patch16-224-in21k", "bert-base-uncased")
 NAMES = {"dense": "dense", "longformer": "Longformer", "bigbird": "BigBird", "lsg": "LSG", "sat": "SAT"}
 SPARSE_OPERATIONS = {"softmax": "softmax", "QK^T": "SDDMM", "AV": "SpMM"}
 ALWAYS_ONE = {"mrpc": 100 * 1147 / 1725, "digits": 10.0}  # percent right by always giving the most frequent answer
+SAT_STEPS = ("sat, sparse phase", "sat, sparse phase, plain")
 SIMILAR = {"yelp": "imdb"}  # a task that the paper doesn't have, trained with the recipe of one that it has
 
 # What may differ from the published case in a row that still counts as the published method.
@@ -187,7 +184,7 @@ def _wall_minutes(rows: pd.DataFrame) -> str:
 def _run_minutes(rows: pd.DataFrame) -> str:
     """From the shortest to the longest training run."""
     minutes = [sum(seconds.values()) / 60 for seconds in rows["seconds"]]
-    return f"{_span(minutes, '.0f')} a run"
+    return f"{_span(minutes, '.1f')} a run"
 
 
 def _span(values: Iterable[float], form: str = ".2f") -> str:
@@ -262,7 +259,7 @@ def _is_part(run: pd.Series) -> bool:
     return bool(fewer or run["recipe"].get("steps", steps) < steps)
 
 
-def _comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
+def comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
     """A task's runs on the whole data or on parts, of the setting that has most of them: others aren't mixed in."""
     runs = where(runs, task=name, part=part)
     if not len(runs):
@@ -271,7 +268,7 @@ def _comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
     return runs[settings == settings.value_counts().idxmax()]
 
 
-def _percent(runs: pd.DataFrame, attention: str) -> pd.Series:
+def percent(runs: pd.DataFrame, attention: str) -> pd.Series:
     return 100 * _number(where(runs, attention=attention), "test_accuracy")
 
 
@@ -309,7 +306,7 @@ def switching(frames: Frames, group: str) -> Verdict:
         head,
         runs,
         _switches(runs),
-        REPRODUCED if everything else IN_DIRECTION if len(steps) else NOT_REPRODUCED,
+        REPRODUCED if everything else IN_DIRECTION if len(steps) else NOT_RUN if part else NOT_REPRODUCED,
         why + _similar_switches(frames, names[0]) + ".",
     )
 
@@ -335,7 +332,7 @@ def _training_commands(runs: pd.DataFrame, name: str) -> str:
 def _accuracy(frames: Frames, name: str, claim: str, published: str) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
     """What all claims on a task's accuracy begin with: the head, and the runs on the whole data and on a part."""
     runs = training_runs(frames, "accuracy", "accuracy_short")
-    whole, part = (_comparable(runs, name, wanted) for wanted in (False, True))
+    whole, part = (comparable(runs, name, wanted) for wanted in (False, True))
     head = _head(
         f"{TASK_NAMES[name]}: {claim}",
         _training_commands(whole if len(whole) else part, name),
@@ -366,7 +363,7 @@ def _part_verdict(head: dict, part: pd.DataFrame, what: str) -> Verdict:
 
 def _means(runs: pd.DataFrame) -> str:
     """Every attention's mean, the best first."""
-    values = {name: _percent(runs, name) for name in NAMES}
+    values = {name: percent(runs, name) for name in NAMES}
     values = {name: percent for name, percent in values.items() if len(percent)}
     ranked = sorted(values, key=lambda name: -values[name].mean())
     return ", ".join(f"{NAMES[name]} {_mean(values[name])}" for name in ranked)
@@ -378,7 +375,7 @@ def _similar(frames: Frames, name: str) -> str:
     if other is None:
         return ""
     runs = training_runs(frames, "accuracy", "accuracy_short")
-    found = [_comparable(runs, other, part) for part in (False, True)]
+    found = [comparable(runs, other, part) for part in (False, True)]
     found = next((some for some in found if len(some)), None)
     if found is None:
         return ""
@@ -411,7 +408,7 @@ def first(frames: Frames, name: str) -> Verdict:
     published = ", ".join(f"{NAMES[attention]} {means[attention]:.2f}" for attention in (winner, *others))
     head, runs, part = _accuracy(frames, name, f"{NAMES[winner]} is the most accurate", published)
     ours = runs if len(runs) else part
-    gaps = {other: gap(_percent(ours, winner), _percent(ours, other)) for other in others}
+    gaps = {other: gap(percent(ours, winner), percent(ours, other)) for other in others}
     if not any(gaps.values()):
         found = _incomplete(head, ours)
     else:
@@ -431,14 +428,14 @@ def dense_last(frames: Frames, name: str) -> Verdict:
     published = f"dense {means['dense']:.2f}, next {NAMES[nearest]} {means[nearest]:.2f}"
     head, runs, part = _accuracy(frames, name, "dense attention is the least accurate", published)
     ours = runs if len(runs) else part
-    gaps = {other: gap(_percent(ours, other), _percent(ours, "dense")) for other in others}
+    gaps = {other: gap(percent(ours, other), percent(ours, "dense")) for other in others}
     if not any(gaps.values()):
         return _incomplete(head, ours)
     told = f"against dense {_against(gaps, '{name} {gap}')}"
     if not len(runs):
         return _part_verdict(head, part, told)
     lowest = min((other for other in others if gaps[other]), key=lambda other: gaps[other].difference)
-    shown = f"dense {_mean(_percent(runs, 'dense'))}, lowest other {NAMES[lowest]} {_mean(_percent(runs, lowest))}"
+    shown = f"dense {_mean(percent(runs, 'dense'))}, lowest other {NAMES[lowest]} {_mean(percent(runs, lowest))}"
     return _accuracy_verdict(head, runs, shown, judge_order(gaps.values()), told[0].upper() + told[1:])
 
 
@@ -447,7 +444,7 @@ def gain(frames: Frames, name: str) -> Verdict:
     published = PUBLISHED_ACCURACY["sat"][name] - PUBLISHED_ACCURACY["dense"][name]
     head, runs, part = _accuracy(frames, name, "accuracy that SAT gains over dense attention", f"{published:+.2f}")
     ours = runs if len(runs) else part
-    found = gap(_percent(ours, "sat"), _percent(ours, "dense"))
+    found = gap(percent(ours, "sat"), percent(ours, "dense"))
     if found is None:
         return _incomplete(head, ours)
     if not len(runs):
@@ -476,7 +473,8 @@ class Ratio:
     step: str = ""  # "fast" or "plain", where the rows tell how the steps were taken
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+        way = f", {self.step} steps" if self.step else ""
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f}{way})"
 
 
 def time_ratio(slower: pd.Series, faster: pd.Series) -> Ratio:
@@ -486,14 +484,14 @@ def time_ratio(slower: pd.Series, faster: pd.Series) -> Ratio:
 
 
 def _pair(steps: pd.DataFrame, name: str, kind: str) -> tuple[pd.Series, pd.Series] | None:
-    """A kind's and SAT's row of a task, both timed the same way: both fast where there is such a pair, else plain.
+    """A kind's and SAT's row of a task, both fast steps or both plain ones: else the ratio would be that of the ways.
 
-    None where the one was fast and the other wasn't: their ratio would be that of the ways, not of the attentions.
+    None where there is no such pair.
     """
     steps = where(steps, task=name)
     steps = steps[_number(steps, "median_ms").notna()]
     steps = steps.assign(step=steps["step"].fillna("") if "step" in steps else "")
-    one, sat = (where(steps, kind=wanted) for wanted in (kind, "sat, sparse phase"))
+    one, sat = where(steps, kind=kind), steps[steps["kind"].isin(SAT_STEPS)]
     for way in ("fast", "plain", ""):
         pair = [where(part, step=way) for part in (one, sat)]
         if all(map(len, pair)):
@@ -525,8 +523,6 @@ def step_ratio(frames: Frames, name: str) -> Verdict:
     labels = {"bigbird, transformers": "layer of transformers", "bigbird, library": "gathers and products of our own",
               "bigbird, kernel": "through SAT's kernel"}  # fmt: skip
     ours = "; ".join(f"{label} {ratios[kind]}" for kind, label in labels.items() if kind in ratios)
-    ways = sorted({ratios[kind].step for kind in labels if kind in ratios} - {""})
-    ours += f"; {' and '.join(ways)} steps" if ways else ""
     alone = [label for kind, label in labels.items() if kind in set(steps["kind"]) and kind not in ratios]
     ours += f"; {', '.join(alone)}: not measured in the same way as SAT" if alone else ""
     others = {"bigbird, kernel": "BigBird's pattern", "longformer, kernel": "Longformer's"}
@@ -543,7 +539,7 @@ def step_ratio(frames: Frames, name: str) -> Verdict:
 # ---- operations and memory -------------------------------------------------------------------------------------------
 
 
-def _operations(frames: Frames) -> pd.DataFrame:
+def operations(frames: Frames) -> pd.DataFrame:
     """The rows that time single operations, with a label for the arithmetic."""
     rows = where(frames["kernels"], sweep="operations")
     if not len(rows):
@@ -561,7 +557,7 @@ def operation(frames: Frames, name: str) -> Verdict:
         "05_time_breakdown",
         f"{PUBLISHED_SPEED_UP[name]:.2f} times",
     )
-    rows = where(_operations(frames), task="cifar10")
+    rows = where(operations(frames), task="cifar10")
     ratios = _number(rows, f"{dense}_ms") / _number(rows, f"{sparse}_ms")
     rows, ratios = rows[ratios.notna()], ratios.dropna()
     if not len(rows):
@@ -607,7 +603,7 @@ def bottleneck(frames: Frames) -> Verdict:
         "05_time_breakdown",
         f"{share:.0f} % of the forward time (ms: {', '.join(parts)})",
     )
-    rows = _operations(frames)
+    rows = operations(frames)
     times = pd.DataFrame({name: _number(rows, f"{dense}_ms") for name, (dense, _) in OPERATIONS.items()}).dropna()
     if not len(times):
         return _not_run(head)
@@ -769,7 +765,7 @@ def fine_tuning(frames: Frames) -> Verdict:
         return _not_run(head)
     ours, told, as_good, learns = [], [], [], []
     for (model, data), part in parts.items():
-        dense = _percent(part, "dense")
+        dense = percent(part, "dense")
         sat = where(part, attention="sat", pattern="learned", pruned="zero")
         by_density = {density: 100 * some["test_accuracy"] for density, some in sat.groupby("density")}
         shown = [f"{_mean(by_density[density])} at {density:g}" for density in sorted(by_density, reverse=True)]
@@ -778,7 +774,7 @@ def fine_tuning(frames: Frames) -> Verdict:
         best = max(gaps, key=lambda density: gaps[density].difference)
         as_good.append(gaps[best].difference >= 0 or not (np.isnan(gaps[best].error) or gaps[best].beyond))
         learns.append(by_density[best].mean() > ALWAYS_ONE.get(data, 0))
-        pooled = _percent(where(part, pattern="pooled", pruned="zero", density=best), "sat")
+        pooled = percent(where(part, pattern="pooled", pruned="zero", density=best), "sat")
         more = f", {_mean(pooled)} where the blocks are those that hold most attention" if len(pooled) else ""
         told.append(
             f"{model} at its best density of {best:g}: {gaps[best]} against dense{more}{_no_better(by_density, data)}"
@@ -888,7 +884,7 @@ def _at_transition(frames: Frames) -> str:
     return f"; at the transition of the CIFAR-10 runs the layers' kept blocks hold {_span(shares, '.1f')} %"
 
 
-# ---- table and figure ------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def verdict_table(frames: Frames) -> pd.DataFrame:
@@ -901,119 +897,3 @@ def verdict_table(frames: Frames) -> pd.DataFrame:
 def short_table(frames: Frames) -> pd.DataFrame:
     """What of it fits a first page."""
     return verdict_table(frames)[["claim", "published", "ours", "verdict"]]
-
-
-MARKS = {  # series of the right panel: mark and colour
-    "layer of transformers": ("s", PALETTE["bigbird"]),
-    "own gathers and products": ("^", PALETTE["bigbird"]),
-    "through SAT's kernel": ("o", PALETTE["sat"]),
-    "float32 with TF32": ("v", PALETTE["longformer"]),
-    "the most of all cases": ("X", PALETTE["dense"]),
-    "bfloat16": ("P", PALETTE["longformer"]),
-}
-_STEP_SERIES = dict(zip(("bigbird, transformers", "bigbird, library", "bigbird, kernel"), MARKS, strict=False))
-
-
-def verdict_figure(frames: Frames) -> tuple[Figure, pd.DataFrame]:
-    """Ours beside the published values: SAT's accuracy less dense attention's by task, and ratios over published."""
-    frames = {name: frames.get(name, pd.DataFrame()) for name in SOURCES}
-    gains, ratios = _gain_lines(frames), _ratio_lines(frames)
-    figure, ((left, right),) = new(PAGE, 3.2, 1, 2)
-    _draw_gains(left, gains)
-    _draw_ratios(right, ratios)
-    for axis, place in ((left, "outside upper left"), (right, "outside upper right")):
-        figure.legend(*axis.get_legend_handles_labels(), loc=place, ncols=2, frameon=False)
-    return figure, pd.concat([gains, ratios], ignore_index=True)
-
-
-def figure_rows(frames: Frames) -> pd.DataFrame:
-    """The rows behind the figure, for what is said of where it comes from."""
-    found = [frames[name] for name in ("accuracy", "accuracy_short", "step", "kernels") if len(frames.get(name, ()))]
-    # A column that only some experiments have would say "nan" beside the others' values.
-    kept = [part.drop(columns=["maps", "history", "seed", "task", "data_digest"], errors="ignore") for part in found]
-    rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
-    if "data_official" in rows:
-        rows["data_official"] = rows["data_official"].astype(object).where(rows["data_official"].notna(), True)
-    return rows
-
-
-def _gain_lines(frames: Frames) -> pd.DataFrame:
-    """A line per task and seed of SAT, and one with mean and standard error."""
-    runs, lines = training_runs(frames, "accuracy", "accuracy_short"), []
-    for name in PAPER_TASKS:
-        published = PUBLISHED_ACCURACY["sat"][name] - PUBLISHED_ACCURACY["dense"][name]
-        common = {"panel": "accuracy", "name": TASK_NAMES[name], "published": published}
-        whole = _comparable(runs, name, False)
-        some = whole if len(whole) else _comparable(runs, name, True)
-        common["part"] = not len(whole) and len(some) > 0
-        sat, dense = _percent(some, "sat"), _percent(some, "dense")
-        found = gap(sat, dense)
-        lines.append(common | {"series": "mean", "ours": np.nan if found is None else found.difference,
-                               "error": np.nan if found is None else found.error})  # fmt: skip
-        if found is not None:
-            seeds = zip(some.loc[sat.index, "seed"], sat - dense.mean(), strict=True)
-            lines += [common | {"series": "seed", "seed": seed, "ours": value} for seed, value in seeds]
-    return pd.DataFrame(lines).reindex(
-        columns=["panel", "name", "series", "seed", "ours", "error", "published", "part"]
-    )
-
-
-def _ratio_lines(frames: Frames) -> pd.DataFrame:
-    """A line per claim and way of measuring it."""
-    lines = []
-    for name in PAPER_TASKS:
-        for kind, ratio in step_ratios(where(frames["step"], task=name), name).items():
-            if kind in _STEP_SERIES:
-                lines.append((f"step, {TASK_NAMES[name]}", _STEP_SERIES[kind], ratio.value, PUBLISHED_BIGBIRD[name]))
-    operations = where(_operations(frames), task="cifar10")
-    for name, label in SPARSE_OPERATIONS.items():
-        dense, sparse = OPERATIONS[name]
-        for _, row in operations.iterrows():
-            lines.append((label, row["arithmetic"], row[f"{dense}_ms"] / row[f"{sparse}_ms"], PUBLISHED_SPEED_UP[name]))
-    most = {
-        "memory, attention": memory_ratios(frames["kernels"], "materialised"),
-        "memory, step": step_memory_ratios(frames["step"])["ratio"],
-    }
-    lines += [(label, "the most of all cases", part.max(), PUBLISHED_MEMORY) for label, part in most.items()]
-    drawn = pd.DataFrame(lines, columns=["name", "series", "ours", "published"]).assign(panel="ratio")
-    return drawn.assign(ours_over_published=drawn["ours"] / drawn["published"])
-
-
-def _draw_gains(axis: Axes, lines: pd.DataFrame) -> None:
-    """Seeds and their mean a little above a task's place, the published difference a little below."""
-    means = lines[lines["series"] == "mean"]
-    names = list(means["name"])
-    for label, part, face in (("seeds", False, PALETTE["sat"]), ("seeds, part of the data", True, "none")):
-        seeds = lines[(lines["series"] == "seed") & (lines["part"] == part)]
-        places = seeds["name"].map(names.index) - 0.15
-        if len(seeds):
-            settings = {"color": PALETTE["sat"], "markersize": 4, "markerfacecolor": face, "label": label}
-            axis.plot(seeds["ours"], places, "o", **settings)
-    above, below = np.arange(len(names)) - 0.15, np.arange(len(names)) + 0.15
-    settings = {"color": "0.25", "markersize": 9, "capsize": 2.5, "linewidth": 1, "label": "mean, standard error"}
-    axis.errorbar(means["ours"], above, xerr=means["error"].fillna(0), fmt="|", **settings)
-    settings = {"color": "black", "markersize": 4, "markerfacecolor": "none", "label": "published"}
-    axis.plot(means["published"], below, "D", **settings)
-    axis.axvline(0, color="0.4", linestyle=":", linewidth=1)
-    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    axis.set(xlabel="test accuracy, SAT less dense (points)")
-    axis.margins(x=0.08)
-    axis.grid(axis="y", color="0.9", linewidth=0.6)
-    sns.despine(ax=axis)
-
-
-def _draw_ratios(axis: Axes, lines: pd.DataFrame) -> None:
-    names = list(dict.fromkeys(lines["name"]))
-    for number, (series, (mark, colour)) in enumerate(MARKS.items()):
-        part = lines[lines["series"] == series]
-        places = part["name"].map(names.index) + 0.2 * (number % 3 - 1)  # so that no mark hides another
-        axis.plot(part["ours_over_published"], places, mark, color=colour, markersize=4, label=series)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.axvline(ENOUGH, color="0.4", linestyle=":", linewidth=1)
-    axis.set(xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    axis.set(xlabel=f"our ratio / published (line: 1, dotted: {ENOUGH:g})")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.grid(axis="y", color="0.9", linewidth=0.6)
-    sns.despine(ax=axis)

@@ -19,8 +19,9 @@ LEVELS = {
     **dict.fromkeys(("runs", "peers", "finetuning"), 9),
     **dict.fromkeys(("benchmarks", "comparison", "motivation", "pretraining", "figures", "stages", "notebook_run"), 10),
     **dict.fromkeys(("experiments", "map_figures", "pattern_figures", "verdicts"), 11),
-    **dict.fromkeys(("reproduce", "explore", "paper", "sweep", "__init__"), 12),
-    "__main__": 13,
+    **dict.fromkeys(("reproduce", "explore", "verdict_figures", "sweep", "__init__"), 12),
+    "paper": 13,
+    "__main__": 14,
 }
 
 
