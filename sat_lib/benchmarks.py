@@ -3,7 +3,8 @@
 A case of `kernels` is one measurement of one sweep; "fused" is `ops.block_sparse_attention`, "three operations" are
 `ops.sddmm`, `sparse_softmax` and `spmm`, "reference" is plain PyTorch. Peers: "materialised" and "sdpa" are dense,
 "flex N" is torch's flex_attention on the layout coarsened to blocks of N, "cusparse" PyTorch's CSR products, forward
-only. Floors are the bytes of each operand read or written once. Nothing here reads or writes files.
+only. A case of `layer` is an operator of `layer_ops`, or "copy", by which to divide its floor. Floors are the bytes of
+each operand read or written once. Nothing here reads or writes files.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from . import ops, reference, timing
+from . import layer_ops, ops, reference, timing
 from .layout import BlockLayout
 from .pattern import random_layout
 from .recipes import PAPER_TASKS, run_config
@@ -335,3 +336,60 @@ def attention_operations(case: dict, layout: BlockLayout | None) -> int:
     """
     entries = case["length"] ** 2 if layout is None else int(layout.entries(case["length"]).sum())
     return case["batch"] * case["heads"] * entries * (4 * case["head_size"] + 1)
+
+
+# ---- what a step does beside attention -------------------------------------------------------------------------------
+
+LAYER_OPERATORS = ("copy", "before_attention", "after_attention", "embedding_gradient")
+
+
+def layer_cases(profile: str) -> list[dict]:
+    """The operators of the fast step at the main workload's number of tokens."""
+    tokens = 2_048 if profile == "smoke" else 512 * 1024
+    return [{"operator": name, "tokens": tokens, "vocab": 256, "dropout": 0.1} for name in LAYER_OPERATORS]
+
+
+def layer_time(case: dict, device: torch.device) -> dict:
+    """Medians of the forward and the backward operator, with the bytes of their operands. None where there is none."""
+    torch.manual_seed(0)
+    width, calls = layer_ops.WIDTH, _calls(device)
+    wide = case["tokens"] * width * 4  # bytes of a float32 (T, 64) tensor
+    narrow = wide // 2 if device.type == "cuda" else wide
+    x, grad = (torch.randn(case["tokens"], width, device=device) for _ in range(2))
+    forward, backward, floors = {
+        "copy": lambda: (lambda: grad.copy_(x), None, (2 * wide, None)),
+        "before_attention": lambda: (*_before(x, grad), (wide + 3 * narrow, 3 * wide + 3 * narrow)),
+        "after_attention": lambda: (*_after(x, grad, case["dropout"]), (2 * wide + narrow, 3 * wide + 2 * narrow)),
+        "embedding_gradient": lambda: (None, _embedding(grad, case), (None, wide + 8 * case["tokens"])),
+    }[case["operator"]]()
+    result = {"floor_bytes_forward": floors[0], "floor_bytes_backward": floors[1]}
+    for name, call in (("forward_ms", forward), ("backward_ms", backward)):
+        result[name] = None if call is None else timing.time_calls(call, device, calls=calls).median_ms
+    return result
+
+
+def _linear(outs: int, ins: int, device: torch.device) -> list[Tensor]:
+    return [torch.randn(outs, ins, device=device) / math.sqrt(ins), torch.randn(outs, device=device)]
+
+
+def _before(x: Tensor, grad: Tensor):
+    call, weights = torch.ops.sat_lib, _linear(3 * x.shape[1], x.shape[1], x.device)
+    grads = call.before_attention(x, *weights, 1e-5)
+    return (
+        lambda: call.before_attention(x, *weights, 1e-5),
+        lambda: call.before_attention_backward(*grads, grad, x, *weights, 1e-5),
+    )
+
+
+def _after(x: Tensor, grad: Tensor, dropout: float):
+    call, width, hidden = torch.ops.sat_lib, layer_ops.WIDTH, layer_ops.HIDDEN
+    attended = grad.bfloat16() if x.device.type == "cuda" else grad
+    shapes = ((width, width), (hidden, width), (width, hidden))
+    weights = [part for shape in shapes for part in _linear(*shape, x.device)]
+    rest = (attended, *weights, torch.ones(1, dtype=torch.int64, device=x.device), dropout, 1e-5)
+    return lambda: call.after_attention(x, *rest), lambda: call.after_attention_backward(grad, x, *rest)
+
+
+def _embedding(grad: Tensor, case: dict):
+    tokens = torch.randint(0, case["vocab"], (case["tokens"],), device=grad.device)
+    return lambda: torch.ops.sat_lib.embedding_gradient(grad, tokens, case["vocab"])

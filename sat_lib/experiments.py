@@ -408,6 +408,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "finetuning": (finetuning_cases, fine_tune),
     "pretrained_step": (pretrained_step_cases, _on_device(finetuning.pretrained_step)),
     "kernels": (benchmarks.kernel_cases, _on_device(benchmarks.kernel_time)),
+    "layer": (benchmarks.layer_cases, _on_device(benchmarks.layer_time)),
     "attention": (benchmarks.attention_cases, _on_device(benchmarks.attention_time)),
 }
 

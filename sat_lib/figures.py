@@ -129,8 +129,11 @@ def _maps(axes: np.ndarray, maps: dict) -> None:
 # ---- 03: accuracy ----------------------------------------------------------------------------------------------------
 
 
-def accuracy(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Test accuracy by task and attention: every seed a dot, the mean a bar, the published mean a diamond."""
+def accuracy(rows: pd.DataFrame, published: bool = True) -> tuple[Figure, pd.DataFrame]:
+    """Test accuracy by task and attention: every seed a dot, the mean a bar, the published mean a diamond.
+
+    `published` False leaves that out: for runs that can't be set beside it.
+    """
     drawn = rows[["task", "attention", "seed", "test_accuracy", "phase"]].copy()
     drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
     tasks = list(dict.fromkeys(drawn["task"]))
@@ -141,10 +144,10 @@ def accuracy(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     attentions = list(dict.fromkeys(drawn["attention"]))
     for place, name in enumerate(tasks):
         for side, attention in enumerate(attentions):
-            published = PUBLISHED_ACCURACY.get(attention, {}).get(name)
-            if published is not None:
+            mean = PUBLISHED_ACCURACY.get(attention, {}).get(name) if published else None
+            if mean is not None:
                 x = place + 0.8 * ((side + 0.5) / len(attentions) - 0.5)
-                axis.plot(x, published, "D", color="black", markersize=3, markerfacecolor="none", label="published")
+                axis.plot(x, mean, "D", color="black", markersize=3, markerfacecolor="none", label="published")
     axis.set(xlabel="", ylabel="test accuracy (%)", xticks=range(len(tasks)))
     axis.set_xticklabels([TASK_NAMES.get(name, name) for name in tasks])
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -153,8 +156,8 @@ def accuracy(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, drawn
 
 
-def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean and sample deviation over seeds, in percent, with the published mean beside."""
+def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
+    """Mean and sample deviation over seeds, in percent, what a run took, and the published mean, where wanted."""
     lines = []
     for (name, attention), part in rows.groupby(["task", "attention"], sort=False):
         percent = 100 * part["test_accuracy"]
@@ -167,10 +170,17 @@ def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
                 "mean %": round(percent.mean(), 2),
                 "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
                 "switched at step": f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-",
+                "seconds a run": round(_seconds(part).median()),
                 "published mean %": PUBLISHED_ACCURACY.get(attention, {}).get(name),
             }
         )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).drop(columns=[] if published else "published mean %")
+
+
+def _seconds(rows: pd.DataFrame) -> pd.Series:
+    """Of whole training runs: by the clock, evaluation and compilers included, or of their steps in older rows."""
+    steps = rows["seconds"].map(lambda phases: sum(phases.values()))
+    return rows["wall_seconds"].astype(float).fillna(steps)
 
 
 # ---- 04, 05: time of steps and operations ----------------------------------------------------------------------------
@@ -213,25 +223,29 @@ def _step_bars(axis: Axes, part: pd.DataFrame, values: pd.Series, spread: np.nda
     sns.despine(ax=axis)
 
 
-def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = ("cifar10", "agnews")) -> pd.DataFrame:
-    """Time, peak memory, and the ratio to SAT's sparse phase beside the published one, for some of the tasks.
+def over_sat(rows: pd.DataFrame) -> pd.Series:
+    """Each step's time over that of SAT's sparse phase, of the same task and the same way: fast or plain."""
+    sparse = rows[rows["kind"].str.startswith("sat, sparse phase")]
+    base = sparse.set_index(["task", "step"])["median_ms"]
+    places = pd.MultiIndex.from_frame(rows[["task", "step"]])
+    return rows["median_ms"].astype(float) / base.reindex(places).set_axis(rows.index).astype(float)
 
-    Plain steps are set against SAT's plain one.
-    """
+
+def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = ("cifar10", "agnews")) -> pd.DataFrame:
+    """Time, peak memory, and `over_sat` beside the published ratio, for some of the tasks."""
+    rows = rows.assign(over=over_sat(rows))
     lines = []
     for kind, part in rows.groupby("kind", sort=False):
         line = {"step of": kind}
         for name in tasks:
-            sat = "sat, sparse phase, plain" if kind.endswith(("plain", "transformers")) else "sat, sparse phase"
-            some = rows[rows["task"] == name].set_index("kind").reindex([kind, sat])
-            ms, memory = some["median_ms"].astype(float), some["peak_bytes"].astype(float)
+            one = rows[(rows["task"] == name) & (rows["kind"] == kind)].iloc[0]
             published = PUBLISHED_STEP_MS.get(part["attention"].iloc[0], {}).get(name)
             told = published is not None and "dense phase" not in kind and not part["model"].iloc[0]
             ratio = f"{published / PUBLISHED_STEP_MS['sat'][name]:.2f}" if told else "-"
             line |= {
-                f"{TASK_NAMES[name]} ms": _short(ms.iloc[0]),
-                f"{TASK_NAMES[name]} GiB": _short(memory.iloc[0] / 2**30),
-                f"{TASK_NAMES[name]} time / SAT's": "-" if ms.isna().any() else f"{ms.iloc[0] / ms.iloc[1]:.2f}",
+                f"{TASK_NAMES[name]} ms": _short(one["median_ms"]),
+                f"{TASK_NAMES[name]} GiB": _short(one["peak_bytes"] / 2**30),
+                f"{TASK_NAMES[name]} time / SAT's": "-" if pd.isna(one["over"]) else f"{one['over']:.2f}",
                 f"{TASK_NAMES[name]} published": ratio,
             }
         lines.append(line)

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from attention_cases import inputs, layouts, padding_mask, with_gradients
 
+from sat_lib.layer_ops import HIDDEN, WIDTH, after_attention, before_attention, embedding
 from sat_lib.ops import attention_statistics, block_sparse_attention, sddmm, sparse_softmax, spmm
 
 
@@ -21,8 +22,21 @@ def main() -> None:
             with_gradients(windowed, (q, k, v))
             with_gradients(partial(three_operations, layout=layout), (q, k, v))
             attention_statistics(q, k, block, key_padding_mask=mask)
+    layer_operators()
     torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def layer_operators() -> None:
+    """A number of tokens that no tile divides, so that the last is partly empty."""
+    x, attended = torch.randn(1, 37, WIDTH, device="cuda"), torch.randn(1, 37, WIDTH, device="cuda").bfloat16()
+    norm, (up, down) = torch.nn.LayerNorm(WIDTH), (torch.nn.Linear(WIDTH, HIDDEN), torch.nn.Linear(HIDDEN, WIDTH))
+    square = torch.nn.Linear(WIDTH, WIDTH)
+    torch.nn.ModuleList([norm, up, down, square]).to("cuda")
+    with_gradients(lambda x: sum(part.float() for part in before_attention(x, norm, (square,) * 3)), (x,))
+    with_gradients(lambda x, a: after_attention(x, a, square, norm, up, down, 0.1), (x, attended))
+    tokens, table = torch.randint(0, 300, (37,), device="cuda"), torch.randn(300, WIDTH, device="cuda")
+    with_gradients(lambda table: embedding(tokens, table), (table,))
 
 
 def three_operations(q, k, v, layout):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sat_lib import experiments, files, paper, verdict_figures, verdicts
+from sat_lib import files, paper, verdict_figures, verdicts
 from sat_lib.figures import PUBLISHED_ACCURACY
 from sat_lib.recipes import PAPER_TASKS
 from sat_lib.verdicts import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED, WORDS, gap
@@ -201,7 +201,8 @@ def test_fast_steps_are_compared_with_fast_ones_alone():
     fast = steps({"sat, sparse phase": 5, "bigbird, library": 20}, step="fast", wall_seconds=30.0)
     ratios = verdicts.step_ratios(pd.concat([plain, fast], ignore_index=True), "agnews")
     assert {kind: ratio.value for kind, ratio in ratios.items()} == {
-        "sat, sparse phase, plain": 1, "sat, sparse phase": 1, "bigbird, library": 4, "bigbird, transformers": 6}  # fmt: skip
+        "sat, sparse phase, plain": 1, "sat, sparse phase": 1, "bigbird, library": 4, "bigbird, transformers": 6,
+    }  # fmt: skip
     found = verdict_of({"step": fast}, "AG News: a training step")
     assert found.minutes == "1.0" and ", fast steps)" in found.ours
     mixed = pd.concat([plain[plain["kind"] != "sat, sparse phase, plain"], fast], ignore_index=True)
