@@ -43,7 +43,8 @@ class Recipe:
         task(self.task)
         for name in ("steps", "warm_up", "eval_every", "batch"):
             require(getattr(self, name) >= 1, f"{name}: wanted at least 1; got {getattr(self, name)}")
-        require(self.warm_up < self.steps, f"warm_up: wanted less than {self.steps} steps; got {self.warm_up}")
+        fits = 1 < self.warm_up < self.steps  # PyTorch's schedule divides by one step less
+        require(fits, f"warm_up: wanted 2 or more and less than {self.steps} steps; got {self.warm_up}")
         require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
         require(0 < self.density <= 1, f"density: wanted more than 0 and at most 1; got {self.density}")
         for name, allowed in {

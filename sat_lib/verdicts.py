@@ -895,5 +895,6 @@ def verdict_table(frames: Frames) -> pd.DataFrame:
 
 
 def short_table(frames: Frames) -> pd.DataFrame:
-    """What of it fits a first page."""
-    return verdict_table(frames)[["claim", "published", "ours", "verdict"]]
+    """What of it fits a first page: the claims that something was run for."""
+    table = verdict_table(frames)
+    return table.loc[table["verdict"] != NOT_RUN, ["claim", "published", "ours", "verdict"]]
