@@ -95,13 +95,10 @@ def _train(options) -> int:
     folder = options.folder or files.ROOT / "runs" / "train" / config.name
     with distributed.joined(timing.pick_device(options.device)) as device:
         first = distributed.rank() == 0
-        if first:  # prepares the data where need be, before the others look for them
-            data = datasets.load(options.task, protocol=config.recipe.protocol)
+        data = distributed.first_alone(lambda: datasets.load(options.task, protocol=config.recipe.protocol))
+        if first:
             where = f"{distributed.size()} x {timing.device_name(device)}"
             print(f"{config.name} on {where}: {len(data.train):,} training examples, in {folder}")
-        distributed.barrier()
-        if not first:
-            data = datasets.load(options.task, protocol=config.recipe.protocol)
         try:
             result = runs.fit(config, data, folder, device, step=options.step)
         except runs.NonFiniteLoss as error:
@@ -111,6 +108,8 @@ def _train(options) -> int:
 
 
 def _tell(result: dict) -> int:
+    because = f" ({result['why_plain']})" if result["why_plain"] else ""
+    print(f"{result['step']} steps{because}")
     switched = result["transition_step"]
     print(f"transition: {'none' if switched is None else f'step {switched}'}; judged in the {result['phase']} phase")
     for phase, best in result["best"].items():

@@ -15,36 +15,37 @@ class Captured:
     What it allocates lies in the graph's own memory. It may leave gradients in parameters, if it clears them itself;
     tensors that it returns are copied, since the next call overwrites them. Inputs of another shape begin anew.
 
-    Args:
-        function: takes tensors and returns tensors in tuples or lists, None among them; must not wait for the GPU.
+    Each call names the function, always the same one, so that nothing keeps alive whom it belongs to.
     """
 
-    def __init__(self, function: Callable, device: torch.device):
-        self.function, self.stream = function, torch.cuda.Stream(device)
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
         self.calls, self.graph, self.inputs, self.outputs = 0, None, (), None
 
-    def __call__(self, *inputs: Tensor):
-        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+    def __call__(self, function: Callable, *inputs: Tensor):
+        """`function(*inputs)`: tensors, in tuples or lists, None among them. It must not wait for the GPU."""
+        if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in self.inputs]:
             self.calls, self.graph, self.outputs = 0, None, None
             self.inputs = [x.clone() for x in inputs]
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self._warm_up()
+            return self._warm_up(function)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*self.inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.outputs = function(*self.inputs)
+            self.graph = graph
         self.graph.replay()
         return _pytree.tree_map_only(Tensor, torch.clone, self.outputs)
 
-    def _warm_up(self):
+    def _warm_up(self, function: Callable):
         """On the stream of the capture, since gradients remember the stream that they were first computed on."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            outputs = self.function(*self.inputs)
+            outputs = function(*self.inputs)
         current.wait_stream(self.stream)
         return outputs
 
@@ -56,8 +57,7 @@ class Reading:
         self.host, self.event = tensor, None
         if tensor.is_cuda:
             self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            self.event = torch.cuda.current_stream(tensor.device).record_event()
 
     def values(self) -> list:
         """The numbers, once they are there."""

@@ -6,7 +6,7 @@ these a process is alone, and everything below costs nothing.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -29,6 +29,8 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         InputError: a variable is missing, or there are more processes than GPUs on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and events without a device are this one's
         yield device
         return
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -69,6 +71,13 @@ def from_first(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def first_alone(make: Callable[[], T]) -> T:
+    """`make()`, in process 0 before the others: what it prepares they find."""
+    value = make() if rank() == 0 else None
+    barrier()
+    return make() if rank() > 0 else value
 
 
 def gathered(value: T) -> list[T]:

@@ -140,7 +140,7 @@ def ablation_cases(profile: str) -> list[dict]:
 def train(case: dict, context: Context) -> dict:
     """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
     config = case_config(case)
-    data = datasets.load(config.recipe.task, protocol=config.recipe.protocol)
+    data = distributed.first_alone(lambda: datasets.load(config.recipe.task, protocol=config.recipe.protocol))
     folder = context.training_folder / config.name
     result = runs.fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}

@@ -1,8 +1,9 @@
 """What a training step spends its time on beside attention, made fast: own kernels, or a few lines for torch.compile.
 
-    embed            token and position embeddings, dropout; the gradient of a table of few rows has a kernel of its own
+    embed            token and position embeddings, dropout, compiled; `embedding`'s gradient has a kernel of its own
+    before_attention norm, and the projections to queries, keys and values: one kernel each way
     after_attention  output projection, residual, norm, feed-forward block, residual: one kernel each way
-    masked_mean      norm, mask and mean over the positions
+    masked_mean      norm, mask and mean over the positions, compiled
 
 These are what `model.Encoder` computes with PyTorch's modules. On a CPU PyTorch's own operations do the kernels' work.
 CUDA graphs take them. See csrc/embedding.cu, before_attention.cu and after_attention.cu.
@@ -21,6 +22,7 @@ from .errors import require
 WIDTH, HIDDEN = 64, 128  # the sizes of all published models, which the kernel is written for
 MOST_ROWS = 1_700  # of a table that fits into a thread block's shared memory
 WAY_OUT = "Take the plain step"
+MOST_SHAPES = 64  # that a process compiles a function for
 CAPABILITY = (9, 0)  # 190 KB of shared memory in one thread block
 
 
@@ -43,12 +45,15 @@ def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> N
 
 
 def _compilable(function):
-    """`function` with a keyword `compiled`. After 8 shapes it raises; it never runs uncompiled without being told."""
+    """`function` with a keyword `compiled`. Beyond MOST_SHAPES it raises; it never runs as it is without being told."""
     fast = torch.compile(function, fullgraph=True, dynamic=False)
 
     @functools.wraps(function)
     def call(*arguments, compiled: bool):
-        return (fast if compiled else function)(*arguments)
+        if not compiled:
+            return function(*arguments)
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=4 * MOST_SHAPES):
+            return fast(*arguments)
 
     return call
 
@@ -132,10 +137,22 @@ def before_attention(
         InputError: another shape or dtype.
     """
     _check_residual(x)
+    _check_modules(norm, *((linear, WIDTH, WIDTH) for linear in linears))
     weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
     # The norm's gain and bias move into the products behind it, whose gradients then give theirs.
     weight, bias = weight * norm.weight, bias + (weight * norm.bias).sum(1)
     return _BeforeAttention.apply(x, weight, bias, norm.eps)
+
+
+def _check_modules(norm: torch.nn.LayerNorm, *linears: tuple[torch.nn.Linear, int, int]) -> None:
+    shapes = [(WIDTH,), (WIDTH,)]
+    tensors = [norm.weight, norm.bias]
+    for linear, ins, outs in linears:
+        tensors += [linear.weight, linear.bias]
+        shapes += [(outs, ins), (outs,)]
+    got = [None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    wanted = [(shape, torch.float32) for shape in shapes]
+    require(got == wanted, f"norm, linears: wanted weights and biases {wanted}; got {got}")
 
 
 def _check_residual(x: Tensor) -> None:
@@ -159,12 +176,14 @@ def after_attention(
 
     Args:
         x: (..., 64) float32, the residual stream. attended: (..., 64) bfloat16, heads side by side.
-        dropout: 0 to below 1, rounded to 1 / 65,536; 0 for evaluation.
+        dropout: 0 to 0.99, rounded to 1 / 65,536; 0 for evaluation.
 
     Raises:
         InputError: other shapes or dtypes.
     """
     _check_residual(x)
+    _check_modules(norm, (out, WIDTH, WIDTH), (up, WIDTH, HIDDEN), (down, HIDDEN, WIDTH))
+    require(0 <= dropout <= 0.99, f"dropout: wanted 0 to 0.99; got {dropout}")
     wanted = torch.bfloat16 if x.device.type == "cuda" else attended.dtype
     require(
         attended.shape == x.shape and attended.dtype == wanted,

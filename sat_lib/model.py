@@ -335,8 +335,9 @@ class Encoder(nn.Module):
         for layer in self.layers:
             plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
             require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
-            layer.fused = True
-        self.fused, self.compiled = True, compiled
+        for part in (self, *self.layers):
+            part.fused = True
+        self.compiled = compiled
 
     def parameter_count(self) -> int:
         """All parameters, W^P included: 160,650 for CIFAR-10 as published."""

@@ -117,10 +117,12 @@ class _Run:
         self.trainer = Trainer(config, data, device, step)
         self.best: dict[str, dict] = {}
         self.seconds = {"dense": 0.0, "sparse": 0.0}
-        if (folder / "last.pt").exists():
+        if distributed.from_first((folder / "last.pt").exists()):
             state = load_checkpoint(folder / "last.pt", device)
             self.trainer.load_state_dict(state["trainer"])
             self.best, self.seconds = state["best"], state["seconds"]
+            steps = distributed.gathered(self.trainer.step)
+            require(len(set(steps)) == 1, f"checkpoint: the processes found several in {folder}, of the steps {steps}")
         self.metrics = folder / "metrics.jsonl"
         if self.writes:
             self._forget_metrics_after(self.trainer.step)
@@ -223,6 +225,8 @@ class _Run:
         """Test the best checkpoint of each phase in that phase, and write result.json."""
         for phase, best in self.best.items():
             self.trainer.model = load_model(self.folder / f"best-{phase}.pt", self.device)
+            if self.trainer.fast:  # the dev split, which chose it, was scored that way
+                self.trainer.model.fuse(compiled=False)
             score = self.trainer.evaluate(self.data.test)
             best |= {"test_accuracy": score.accuracy, "test_loss": score.loss, "test_examples": score.examples}
         trainer, phase = self.trainer, "sparse" if "sparse" in self.best else "dense"
@@ -236,6 +240,7 @@ class _Run:
             "maps": {name: value.tolist() for name, value in trainer.maps.items()},
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "step": "fast" if trainer.fast else "plain",
+            "why_plain": trainer.why_plain,
             "processes": distributed.size(),
             "stamp": timing.stamp(self.device),
         }

@@ -149,7 +149,8 @@ def sweep(
             "cuda"; "auto" is CUDA under SLURM.
 
     Returns:
-        The exit status: 0, 1 (a case failed; its log is named), 130 (interrupted by Ctrl-C).
+        The exit status: 0, 1 (a case failed, whose log is named, or was left to a process that trains it already), 130
+        (interrupted by Ctrl-C).
 
     Raises:
         InputError: unknown experiment, profile or argument; no SLURM here; data that aren't prepared; called by one of
@@ -438,7 +439,7 @@ class _Sweep:
         self.waiting = list(jobs)
         self.alive: dict[str, dict] = {}  # work -> its record in jobs.jsonl
         self.states: dict[str, str] = {}  # work -> "pending" or "running", of those alive
-        self.done = self.failed = 0  # cases
+        self.done = self.failed = self.left = 0  # cases
         self.failures: list[str] = []
         self.said = ""
 
@@ -459,7 +460,7 @@ class _Sweep:
             print(f"\n{self.launcher.stop(list(self.alive.values()))}", flush=True)
             return 130
         print("\n".join(self.failures), end="\n" if self.failures else "", flush=True)
-        return 1 if self.failures else 0
+        return 1 if self.failures or self.left else 0
 
     def _start(self) -> None:
         """Start waiting jobs that there is room for. Other commands wait meanwhile, so none starts the same work."""
@@ -488,6 +489,7 @@ class _Sweep:
         for job in [job for job in self.waiting if _held(self.context.root / job.work / "lock")]:
             print(f"left to another process that trains in {self.context.root / job.work}", flush=True)
             self.waiting.remove(job)
+            self.left += len(job.cases)
 
     def _look(self) -> None:
         """See which jobs live, and judge those that ended by their rows."""

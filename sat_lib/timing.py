@@ -61,9 +61,10 @@ def _time_cuda(call, flush) -> float:
     for _ in range(FLUSHES):
         flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    stream = torch.cuda.current_stream(flush.device)
+    start.record(stream)
     call()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return start.elapsed_time(end)
 

@@ -44,7 +44,7 @@ class Examples:
     def __init__(self, split: Split, device: torch.device):
         self.split, self.device = split, device
         if device.type == "cuda":
-            tokens = np.ascontiguousarray(split.tokens)  # ids are far below 32,768, and PyTorch does little with uint16
+            tokens = np.array(split.tokens)  # ids are far below 32,768, and PyTorch does little with uint16
             self.tokens = torch.from_numpy(tokens.view(np.int16) if tokens.itemsize == 2 else tokens).to(device)
             self.labels = torch.as_tensor(split.labels).to(device, torch.int64)
 
@@ -84,7 +84,7 @@ class Trainer:
         config: model and recipe. data: the task's splits. device: where the model and its batches live.
         step: "plain", PyTorch's modules one by one; "fast", the operators of `layer_ops`, torch.compile and, where a
             process is alone on a GPU, a CUDA graph; "auto", fast on a GPU wherever the model is one that it is made
-            for: `fast` tells. Both give the same results but for rounding and for dropout's draws.
+            for: `fast` tells, `why_plain` why not. Both give the same results but for rounding and dropout's draws.
 
     Raises:
         InputError: "fast" was asked for and isn't made for this model, precision or device; or the processes don't
@@ -98,10 +98,12 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.config, self.data, self.device = config, data, device
         self.model = Encoder(config.model).to(device)
-        self.fast = self._fuse(step)
+        self.why_plain = self._fuse(step)  # None for a fast step
+        self.fast = self.why_plain is None
         if processes > 1:
             torch.manual_seed(recipe.seed + 1_000_003 * distributed.rank())  # dropout differs, the model doesn't
-        self.examples = Examples(data.train, device)
+        self._examples: dict[int, Examples] = {}  # by identity of a split
+        self.examples = self._on_device(data.train)
         self.rule = TransitionRule(recipe.theta, recipe.delta)
         self.step = 0
         self.transition_step: int | None = None
@@ -109,27 +111,35 @@ class Trainer:
         self._new_optimiser(recipe.rate, scheduled=True)
         self._new_phase()
 
-    def _fuse(self, step: str) -> bool:
-        if step == "plain" or (step == "auto" and self.device.type != "cuda"):
-            return False
+    def _fuse(self, step: str) -> str | None:
+        """Make the model a fast one where that was asked for; the reason where it stays plain."""
+        if step == "plain":
+            return "as asked for"
+        if step == "auto" and self.device.type != "cuda":
+            return f"on a {self.device.type.upper()}"
         try:
             require(self.config.recipe.precision == "bf16", "precision: the fast step is for bf16. Take the plain step")
             self.model.fuse(compiled=self.device.type == "cuda")
-        except InputError:
+        except InputError as error:
             if step == "fast":
                 raise
-            return False
-        return True
+            return str(error)
+        return None
+
+    def _on_device(self, split: Split) -> Examples:
+        if id(split) not in self._examples:
+            self._examples[id(split)] = Examples(split, self.device)
+        return self._examples[id(split)]
 
     def _new_phase(self) -> None:
         """What is specific to a phase: which parameters have gradients, and what one graph can repeat."""
         self._network: nn.Module = self.model
-        self._gradients = self._backward
+        self._captured: Captured | None = None
         if distributed.size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self._network = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         elif self.fast and self.device.type == "cuda":
-            self._gradients = Captured(self._backward, self.device)
+            self._captured = Captured(self.device)
 
     @property
     def phase(self) -> str:
@@ -167,7 +177,8 @@ class Trainer:
         self.model.train()
         learning = self.learning
         record = {"step": self.step, "phase": self.phase, "rate": self.optimiser.param_groups[0]["lr"]}
-        seen = self._gradients(*(batch or self._batch()))
+        batch = batch or self._batch()
+        seen = self._captured(self._backward, *batch) if self._captured else self._backward(*batch)
         record["loss"] = seen.loss
         if learning:
             measured = Reading(self.rule.measure(seen.mean_maps))  # read once the rest of the step is queued
@@ -216,7 +227,7 @@ class Trainer:
             self.maps["start"] = self._pool(mean_maps)
         switch, tests = self.rule.judge(measured)
         forced = self.config.recipe.switch_at
-        if switch if forced is None else self.step >= forced:
+        if distributed.from_first(switch if forced is None else self.step >= forced):
             self.enter_sparse_phase(mean_maps)
         return {
             "skewness": [test.skewness for test in tests],
@@ -262,7 +273,7 @@ class Trainer:
 
         Under the "published" protocol an incomplete last batch is dropped, as the released code does.
         """
-        recipe, examples = self.config.recipe, Examples(split, self.device)
+        recipe, examples = self.config.recipe, self._on_device(split)
         self.model.eval()
         stop = len(split) - len(split) % recipe.batch if recipe.protocol == "published" else len(split)
         require(stop > 0, f"batch: the published protocol wants {recipe.batch} examples or more; got {len(split)}")
@@ -304,9 +315,18 @@ class Trainer:
         """Go on from `state_dict` of a run of the same configuration.
 
         Raises:
-            InputError: it belongs to another configuration; the message names what differs.
+            InputError: it belongs to another configuration (the message names what differs), to an earlier version of
+                this package, or to the dense phase while this trainer is past it. Nothing is changed then.
         """
         check_same_config(state["config"], self.config)
+        require(
+            isinstance(state["rng"], list),
+            "checkpoint: an earlier version of sat_lib wrote it. Finish that run with that version, or delete it",
+        )
+        require(
+            state["grids"] is not None or self.phase == "dense",
+            "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
+        )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
@@ -315,11 +335,13 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.rule.load_state_dict(state["rule"])
-        if len(state["rng"]) == distributed.size():  # else another number of processes goes on, with draws of its own
-            cpu, *cuda = state["rng"][distributed.rank()]
-            torch.set_rng_state(cpu.cpu())
-            if self.device.type == "cuda" and cuda:
-                torch.cuda.set_rng_state(cuda[0].cpu(), self.device)
+        if len(state["rng"]) != distributed.size():  # another number of processes goes on, with draws of its own
+            torch.manual_seed(self.config.recipe.seed + 1_000_003 * (distributed.rank() + 1) + self.step)
+            return
+        cpu, *cuda = state["rng"][distributed.rank()]
+        torch.set_rng_state(cpu.cpu())
+        if self.device.type == "cuda" and cuda:
+            torch.cuda.set_rng_state(cuda[0].cpu(), self.device)
 
 
 def to_device(split: Split, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def _draw_gains(axis: Axes, lines: pd.DataFrame) -> None:
             axis.plot(seeds["ours"], places, "o", **settings)
     above, below = np.arange(len(names)) - 0.15, np.arange(len(names)) + 0.15
     settings = {"color": "0.25", "markersize": 9, "capsize": 2.5, "linewidth": 1, "label": "mean, standard error"}
-    axis.errorbar(means["ours"], above, xerr=means["error"].fillna(0), fmt="|", **settings)
+    axis.errorbar(means["ours"], above, xerr=means["error"], fmt="|", **settings)
     settings = {"color": "black", "markersize": 4, "markerfacecolor": "none", "label": "published"}
     axis.plot(means["published"], below, "D", **settings)
     axis.axvline(0, color="0.4", linestyle=":", linewidth=1)

@@ -47,7 +47,7 @@ SAT_STEPS = ("sat, sparse phase", "sat, sparse phase, plain")
 SIMILAR = {"yelp": "imdb"}  # a task that the paper doesn't have, trained with the recipe of one that it has
 
 # What may differ from the published case in a row that still counts as the published method.
-_SAME_METHOD = {"steps", "warm_up", "eval_every", "batch", "rate", "precision", "protocol"}
+_SAME_METHOD = {"steps", "warm_up", "eval_every"}
 
 _RUN = ["task", "attention", "seed", "model", "recipe"]  # what makes two runs the same
 
@@ -110,10 +110,14 @@ def judge_ratio(ours: float, published: float) -> str:
 
 
 def judge_gain(found: Gap | None, published: float = 0.0) -> str:
-    """Of "more than": the right sign is the direction; beyond the spread, and most of the published gain, is all."""
+    """Of "more than": beyond the spread, and most of the published gain, is all; the right sign is the direction.
+
+    But a difference within the spread, and so far below the published one that this lies outside, is no reproduction.
+    """
     if found is None:
         return NOT_RUN
-    if found.difference <= 0:
+    excluded = not found.beyond and published - found.difference > 2 * found.error
+    if found.difference <= 0 or excluded:
         return NOT_REPRODUCED
     return REPRODUCED if found.beyond and found.difference >= ENOUGH * published else IN_DIRECTION
 
@@ -296,17 +300,19 @@ def switching(frames: Frames, group: str) -> Verdict:
     steps = _number(runs, "transition_step").dropna()
     inside = steps.between(low, high)
     part = runs["part"].any()
-    everything = len(steps) == len(runs) and inside.all() and not part
+    everything = len(steps) == len(runs) and inside.all()
     why = f"On {'parts of ' if part else ''}{' and '.join(TASK_NAMES[name] for name in names if name in used)} "
     why += f"{len(steps)} of {len(runs)} runs switched"
     why += f", {inside.sum()} of them within the published range" if len(steps) else ""
     outside = steps[~inside]
     why += f" and {len(outside)} outside it, at step {_span(outside, ',.0f')}" if len(outside) else ""
+    last = max(recipe.get("steps", 0) for recipe in runs["recipe"])
+    why += f"; their {last:,} steps end before the published range" if part and 0 < last < low else ""
     return _verdict(
         head,
         runs,
         _switches(runs),
-        REPRODUCED if everything else IN_DIRECTION if len(steps) else NOT_RUN if part else NOT_REPRODUCED,
+        NOT_RUN if part else REPRODUCED if everything else IN_DIRECTION if len(steps) else NOT_REPRODUCED,
         why + _similar_switches(frames, names[0]) + ".",
     )
 
@@ -844,14 +850,11 @@ def mass_kept(frames: Frames) -> Verdict:
         return _not_run(head)
     kept, random, best = (lines[name].mean() for name in ("kept", "random", "best"))
     more = lines["kept"] - lines["random"]
-    error = more.std(ddof=1) / np.sqrt(len(more))
-    if kept <= random or more.mean() <= 2 * error:
-        word = REPRODUCED
-    else:
-        word = IN_DIRECTION if kept - random < best - kept else NOT_REPRODUCED
+    share = (kept - random) / (best - random)  # of what choosing by attention would gain over chance
+    word = REPRODUCED if share < 0.1 else IN_DIRECTION if share < 0.5 else NOT_REPRODUCED
     why = (
-        f"{more.mean():+.2f} ± {error:.2f} points against random ones, a standard error over {len(more)} layers and "
-        f"heads; the best blocks would hold {best / kept:.1f} times as much{_at_transition(frames)}."
+        f"{more.mean():+.2f} points against random ones, {100 * share:.0f} % of what the best blocks gain, over "
+        f"{len(more)} layers and heads of {len(rows)} {'run' if len(rows) == 1 else 'runs'}{_at_transition(frames)}."
     )
     return _verdict(
         head,

@@ -188,7 +188,7 @@ def test_what_another_process_trains_is_left_to_it(tmp_path, cases, capsys):
     context, (case,) = experiments.select("accuracy", "paper", device="cpu", root=tmp_path)
     folder = experiments.run_folder(case, context)
     with files.lock(folder / "lock", "training"):
-        assert run(tmp_path) == 0
+        assert run(tmp_path) == 1
     assert f"left to another process that trains in {folder}" in capsys.readouterr().out
     assert jobs(tmp_path) == []
 

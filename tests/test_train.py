@@ -1,5 +1,7 @@
 import copy
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -144,6 +146,32 @@ def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
     trainer().load_state_dict(state)
     with pytest.raises(InputError, match=r"model\.window: saved 64, wanted 32"):
         trainer(model={"window": 32}).load_state_dict(state)
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing():
+    made = trainer()
+    dense = copy.deepcopy(made.state_dict())
+    steps(made, 6)
+    before = copy.deepcopy(made.model.state_dict())
+    with pytest.raises(InputError, match="of the dense phase, and this trainer is in the sparse one"):
+        made.load_state_dict(dense)
+    with pytest.raises(InputError, match="an earlier version of sat_lib wrote it"):
+        made.load_state_dict(made.state_dict() | {"rng": torch.get_rng_state()})
+    assert made.step == 6
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+
+
+def test_a_trainer_is_gone_when_nobody_holds_it():
+    """A cycle would keep its tokens and its graph's memory on the GPU until Python looks for cycles."""
+    made = trainer()
+    steps(made, 6)
+    model = weakref.ref(made.model)
+    gc.disable()
+    try:
+        del made
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_a_configuration_survives_json():

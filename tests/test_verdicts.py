@@ -66,7 +66,8 @@ def test_a_gap_knows_its_standard_error():
     ("sat", "dense", "word"),
     [
         (near(80), near(70), REPRODUCED),
-        ([70.0, 72.0], [69.0, 71.0], IN_DIRECTION),  # within the spread
+        ([70.0, 72.0], [69.0, 71.0], NOT_REPRODUCED),  # within the spread, and the published gain is far from it
+        ([74.0, 86.0], [70.0, 72.0], IN_DIRECTION),  # within the spread, as the published gain is
         ([80.0], [70.0], IN_DIRECTION),  # one seed each
         ([80.0], near(70), IN_DIRECTION),  # one seed of one of them
         (near(72), near(70), IN_DIRECTION),  # beyond the spread, a fifth of the published gain

@@ -262,7 +262,15 @@ Tensor embedding_gradient(const Tensor& grad0, const Tensor& ids0, int64_t rows)
   return partial.sum(0);
 }
 
+void check(const char* name, const Tensor& x, at::ScalarType dtype, int64_t numbers) {
+  TORCH_CHECK(x.scalar_type() == dtype && x.numel() == numbers, name, ": wanted ", numbers, " numbers in ", dtype,
+              "; got ", x.sizes(), " ", x.scalar_type());
+}
+
 sat::BeforeAttention before_attention_call(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  TORCH_CHECK(x.size(-1) == 64, "x: wanted (..., 64); got ", x.sizes());
+  check("weight", weight, at::kFloat, 192 * 64);
+  check("bias", bias, at::kFloat, 192);
   sat::BeforeAttention call = {x.data_ptr<float>(), weight.data_ptr<float>(), bias.data_ptr<float>()};
   call.rows = x.numel() / 64;
   call.eps = static_cast<float>(eps);
@@ -291,7 +299,11 @@ std::tuple<Tensor, Tensor> before_attention_backward(const Tensor& grad_q, const
   const Tensor past = past0.contiguous(), x = x0.contiguous(), weight = weight0.contiguous(), bias = bias0.contiguous();
   sat::BeforeAttention call = before_attention_call(x, weight, bias, eps);
   const std::array<Tensor, 3> grads = {grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()};
-  for (int i = 0; i < 3; ++i) call.grad_out[i] = static_cast<const char*>(grads[i].data_ptr());
+  check("grad_past", past, at::kFloat, x.numel());
+  for (int i = 0; i < 3; ++i) {
+    check("gradients of q, k, v", grads[i], at::kBFloat16, x.numel());
+    call.grad_out[i] = static_cast<const char*>(grads[i].data_ptr());
+  }
   Tensor grad_x = at::empty_like(x), partial = at::empty({call.parts, sat::kBeforeAttentionWeights}, x.options());
   call.grad_past = past.data_ptr<float>();
   call.grad_x = grad_x.data_ptr<float>();
@@ -302,6 +314,11 @@ std::tuple<Tensor, Tensor> before_attention_backward(const Tensor& grad_q, const
 
 sat::AfterAttention after_attention_call(const Tensor& x, const Tensor& attended, const std::array<Tensor, 6>& weights,
                                          const Mask& seed, double dropout, double eps) {
+  TORCH_CHECK(x.size(-1) == 64, "x: wanted (..., 64); got ", x.sizes());
+  check("attended", attended, at::kBFloat16, x.numel());
+  constexpr int64_t kNumbers[6] = {64 * 64, 64, 128 * 64, 128, 64 * 128, 64};
+  for (int i = 0; i < 6; ++i) check("weights", weights[i], at::kFloat, kNumbers[i]);
+  if (seed.has_value()) check("seed", *seed, at::kLong, 1);
   sat::AfterAttention call = {x.data_ptr<float>(), static_cast<const char*>(attended.data_ptr())};
   call.out_weight = weights[0].data_ptr<float>(), call.out_bias = weights[1].data_ptr<float>();
   call.up_weight = weights[2].data_ptr<float>(), call.up_bias = weights[3].data_ptr<float>();
@@ -338,6 +355,7 @@ std::tuple<Tensor, Tensor, Tensor> after_attention_backward(
   const std::array<Tensor, 6> weights = {out_weight.contiguous(), out_bias.contiguous(),  up_weight.contiguous(),
                                          up_bias.contiguous(),    down_weight.contiguous(), down_bias.contiguous()};
   sat::AfterAttention call = after_attention_call(x, attended, weights, seed, dropout, eps);
+  check("grad", grad, at::kFloat, x.numel());
   Tensor grad_x = at::empty_like(x), grad_attended = at::empty_like(attended);
   Tensor partial = at::empty({call.parts, sat::kAfterAttentionWeights}, x.options());
   call.grad_y = grad.data_ptr<float>(), call.grad_x = grad_x.data_ptr<float>();
