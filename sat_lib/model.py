@@ -13,7 +13,7 @@ from .baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longform
 from .errors import require
 from .layer_ops import after_attention, before_attention, check_fusable, embed, masked_mean
 from .layout import BlockLayout
-from .ops import attention_statistics
+from .ops import IMPLEMENTATION, attention_statistics
 from .pattern import SparsityParameter, freeze
 from .reference import PRUNED_RULES, AttentionStatistics, sparse_statistics
 from .tasks import task
@@ -164,7 +164,7 @@ class SelfAttention(nn.Module):
         out, seen = self._join(self.heads(x), mask, statistics, **more)
         return self.out(out), seen
 
-    def fused(
+    def attended_fused(
         self, x: Tensor, norm: nn.LayerNorm, mask: Tensor | None, statistics: bool
     ) -> tuple[Tensor, Tensor, AttentionStatistics | None]:
         """x to go on with; the heads' results of norm(x) side by side, (B, L, width), which `out` doesn't project."""
@@ -206,7 +206,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, AttentionStatistics | None]:
         if self.fused:
-            x, attended, seen = self.attention.fused(x, self.norm_attention, mask, statistics)
+            x, attended, seen = self.attention.attended_fused(x, self.norm_attention, mask, statistics)
             up, _, _, down, drop = self.feed_forward
             dropout = drop.p if self.training else 0.0
             return after_attention(x, attended, self.attention.out, self.norm_feed_forward, up, down, dropout), seen
@@ -331,6 +331,7 @@ class Encoder(nn.Module):
             InputError: the operators aren't made for this model or device.
         """
         config = self.config
+        require(IMPLEMENTATION == "kernels", f"SAT_LIB_IMPLEMENTATION: {IMPLEMENTATION!r} has no fused layers")
         check_fusable(config.width, config.hidden, config.vocab, self.token.weight.device)
         for layer in self.layers:
             plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
