@@ -146,7 +146,8 @@ def train(case: dict, context: Context) -> dict:
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
         **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters")},
-        **{name: result[name] for name in ("seconds", "step", "processes")},
+        "seconds": result["seconds"],
+        **{name: result.get(name) for name in ("step", "processes")},  # older runs don't tell
         "dense_best": result["best"].get("dense"),
         "sparse_best": result["best"].get("sparse"),
         "test_examples": result["best"][result["phase"]]["test_examples"],
