@@ -340,8 +340,6 @@ def attention_operations(case: dict, layout: BlockLayout | None) -> int:
 
 # ---- what a step does beside attention -------------------------------------------------------------------------------
 
-LAYER_OPERATORS = ("copy", "before_attention", "after_attention", "embedding_gradient")
-
 
 def layer_cases(profile: str) -> list[dict]:
     """The operators of the fast step at the main workload's number of tokens."""
@@ -352,44 +350,57 @@ def layer_cases(profile: str) -> list[dict]:
 def layer_time(case: dict, device: torch.device) -> dict:
     """Medians of the forward and the backward operator, with the bytes of their operands. None where there is none."""
     torch.manual_seed(0)
-    width, calls = layer_ops.WIDTH, _calls(device)
-    wide = case["tokens"] * width * 4  # bytes of a float32 (T, 64) tensor
-    narrow = wide // 2 if device.type == "cuda" else wide
-    x, grad = (torch.randn(case["tokens"], width, device=device) for _ in range(2))
-    forward, backward, floors = {
-        "copy": lambda: (lambda: grad.copy_(x), None, (2 * wide, None)),
-        "before_attention": lambda: (*_before(x, grad), (wide + 3 * narrow, 3 * wide + 3 * narrow)),
-        "after_attention": lambda: (*_after(x, grad, case["dropout"]), (2 * wide + narrow, 3 * wide + 2 * narrow)),
-        "embedding_gradient": lambda: (None, _embedding(grad, case), (None, wide + 8 * case["tokens"])),
-    }[case["operator"]]()
-    result = {"floor_bytes_forward": floors[0], "floor_bytes_backward": floors[1]}
-    for name, call in (("forward_ms", forward), ("backward_ms", backward)):
-        result[name] = None if call is None else timing.time_calls(call, device, calls=calls).median_ms
+    x, grad = (torch.randn(case["tokens"], layer_ops.WIDTH, device=device) for _ in range(2))
+    result, directions = {}, LAYER_OPERATORS[case["operator"]](x, grad, case)
+    for name, (call, floor) in zip(("forward", "backward"), directions, strict=True):
+        time = None if call is None else timing.time_calls(call, device, calls=_calls(device)).median_ms
+        result |= {f"floor_bytes_{name}": floor, f"{name}_ms": time}
     return result
+
+
+NONE = (None, None)  # no such direction
+Directions = tuple[tuple, tuple]  # forward and backward: what to call, and the bytes of its operands
+
+
+def _copy(x: Tensor, grad: Tensor, case: dict) -> Directions:
+    return (lambda: grad.copy_(x), 2 * x.nbytes), NONE
+
+
+def _before(x: Tensor, grad: Tensor, case: dict) -> Directions:
+    call, weights = torch.ops.sat_lib, _linear(3 * x.shape[1], x.shape[1], x.device)
+    grads = call.before_attention(x, *weights, 1e-5)
+    narrow = sum(part.nbytes for part in grads)
+    return (
+        (lambda: call.before_attention(x, *weights, 1e-5), x.nbytes + narrow),
+        (lambda: call.before_attention_backward(*grads, grad, x, *weights, 1e-5), 3 * x.nbytes + narrow),
+    )
+
+
+def _after(x: Tensor, grad: Tensor, case: dict) -> Directions:
+    call, width, hidden = torch.ops.sat_lib, layer_ops.WIDTH, layer_ops.HIDDEN
+    attended = grad.bfloat16() if x.device.type == "cuda" else grad
+    shapes = ((width, width), (hidden, width), (width, hidden))
+    weights = [part for shape in shapes for part in _linear(*shape, x.device)]
+    rest = (attended, *weights, torch.ones(1, dtype=torch.int64, device=x.device), case["dropout"], 1e-5)
+    return (
+        (lambda: call.after_attention(x, *rest), 2 * x.nbytes + attended.nbytes),
+        (lambda: call.after_attention_backward(grad, x, *rest), 3 * x.nbytes + 2 * attended.nbytes),
+    )
+
+
+def _embedding(x: Tensor, grad: Tensor, case: dict) -> Directions:
+    tokens = torch.randint(0, case["vocab"], (case["tokens"],), device=grad.device)
+    call = torch.ops.sat_lib.embedding_gradient
+    return NONE, (lambda: call(grad, tokens, case["vocab"]), grad.nbytes + tokens.nbytes)
 
 
 def _linear(outs: int, ins: int, device: torch.device) -> list[Tensor]:
     return [torch.randn(outs, ins, device=device) / math.sqrt(ins), torch.randn(outs, device=device)]
 
 
-def _before(x: Tensor, grad: Tensor):
-    call, weights = torch.ops.sat_lib, _linear(3 * x.shape[1], x.shape[1], x.device)
-    grads = call.before_attention(x, *weights, 1e-5)
-    return (
-        lambda: call.before_attention(x, *weights, 1e-5),
-        lambda: call.before_attention_backward(*grads, grad, x, *weights, 1e-5),
-    )
-
-
-def _after(x: Tensor, grad: Tensor, dropout: float):
-    call, width, hidden = torch.ops.sat_lib, layer_ops.WIDTH, layer_ops.HIDDEN
-    attended = grad.bfloat16() if x.device.type == "cuda" else grad
-    shapes = ((width, width), (hidden, width), (width, hidden))
-    weights = [part for shape in shapes for part in _linear(*shape, x.device)]
-    rest = (attended, *weights, torch.ones(1, dtype=torch.int64, device=x.device), dropout, 1e-5)
-    return lambda: call.after_attention(x, *rest), lambda: call.after_attention_backward(grad, x, *rest)
-
-
-def _embedding(grad: Tensor, case: dict):
-    tokens = torch.randint(0, case["vocab"], (case["tokens"],), device=grad.device)
-    return lambda: torch.ops.sat_lib.embedding_gradient(grad, tokens, case["vocab"])
+LAYER_OPERATORS: dict[str, Callable[[Tensor, Tensor, dict], Directions]] = {
+    "copy": _copy,
+    "before_attention": _before,
+    "after_attention": _after,
+    "embedding_gradient": _embedding,
+}

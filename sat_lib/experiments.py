@@ -90,8 +90,13 @@ def training_cases(profile: str) -> list[dict]:
 def accuracy_cases(profile: str) -> list[dict]:
     """Every task with every attention and seed, seed by seed."""
     seeds = {"digits16": 2, "docstrings": 1} if profile == "smoke" else dict.fromkeys(PAPER_TASKS, 5)
+    return _every_attention(seeds, profile)
+
+
+def _every_attention(seeds: dict[str, int], profile: str, **changes) -> list[dict]:
+    """So many seeds of each task with every attention, seed by seed."""
     return [
-        _run_case(name, attention, seed, profile)
+        _run_case(name, attention, seed, profile, **changes)
         for seed in range(max(seeds.values()))
         for name in seeds
         if seed < seeds[name]
@@ -107,14 +112,9 @@ def short_cases(profile: str) -> list[dict]:
 
     For what a user has of these sets: a part of AG News or Yelp is learnt by heart in fewer steps still.
     """
-    names, seeds = (("docstrings",), 1) if profile == "smoke" else (("imdb", "agnews", "yelp"), 3)
-    changes = {} if profile == "smoke" else SHORT_RUN
-    return [
-        _run_case(name, attention, seed, profile, **changes)
-        for seed in range(seeds)
-        for name in names
-        for attention in ATTENTION
-    ]
+    if profile == "smoke":
+        return _every_attention({"docstrings": 1}, profile)
+    return _every_attention(dict.fromkeys(("imdb", "agnews", "yelp"), 3), profile, **SHORT_RUN)
 
 
 def ablation_cases(profile: str) -> list[dict]:
@@ -140,8 +140,7 @@ def ablation_cases(profile: str) -> list[dict]:
 def train(case: dict, context: Context) -> dict:
     """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
     config = case_config(case)
-    data = distributed.first_alone(lambda: datasets.load(config.recipe.task, protocol=config.recipe.protocol))
-    folder = context.training_folder / config.name
+    data, folder = _data(config), context.training_folder / config.name
     result = runs.fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
@@ -156,6 +155,10 @@ def train(case: dict, context: Context) -> dict:
         "maps": maps,
         "history": _thinned(files.read_rows(folder / "metrics.jsonl")),
     }
+
+
+def _data(config: RunConfig) -> datasets.Splits:
+    return distributed.first_alone(lambda: datasets.load(config.recipe.task, protocol=config.recipe.protocol))
 
 
 def _thinned(metrics: list[dict]) -> list[dict]:
@@ -377,8 +380,7 @@ def pattern_cases(profile: str) -> list[dict]:
 def patterns(case: dict, context: Context) -> dict:
     """Train the run, or read it, and compare what patterns keep of its maps; see `comparison.compare_snapshots`."""
     config, steps = case_config(case), tuple(case["snapshots"])
-    data = datasets.load(config.recipe.task, protocol=config.recipe.protocol)
-    folder = context.training_folder / config.name
+    data, folder = _data(config), context.training_folder / config.name
     result = runs.fit(config, data, folder, context.device, snapshots=steps)
     tokens, _ = to_device(data.test, np.arange(case["examples"]), context.device)
     return {

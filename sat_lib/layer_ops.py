@@ -139,9 +139,12 @@ def before_attention(
     _check_residual(x)
     _check_modules(norm, *((linear, WIDTH, WIDTH) for linear in linears))
     weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-    # The norm's gain and bias move into the products behind it, whose gradients then give theirs.
-    weight, bias = weight * norm.weight, bias + (weight * norm.bias).sum(1)
-    return _BeforeAttention.apply(x, weight, bias, norm.eps)
+    return _BeforeAttention.apply(x, *_behind_norm(norm, weight, bias), norm.eps)
+
+
+def _behind_norm(norm: torch.nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear layer with the gain and bias of the norm before it moved into it, whose gradients then give theirs."""
+    return weight * norm.weight, bias + (weight * norm.bias).sum(1)
 
 
 def _check_modules(norm: torch.nn.LayerNorm, *linears: tuple[torch.nn.Linear, int, int]) -> None:
@@ -192,9 +195,7 @@ def after_attention(
     seed = None
     if dropout > 0:
         seed = torch.randint(2**62, (1,), device=x.device)
-    # The norm's gain and bias move into the product behind it, as above.
-    up_weight, up_bias = up.weight * norm.weight, up.bias + (up.weight * norm.bias).sum(1)
-    weights = out.weight, out.bias, up_weight, up_bias, down.weight, down.bias
+    weights = out.weight, out.bias, *_behind_norm(norm, up.weight, up.bias), down.weight, down.bias
     return torch.ops.sat_lib.after_attention(x, attended, *weights, seed, dropout, norm.eps)
 
 

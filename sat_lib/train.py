@@ -204,10 +204,10 @@ class Trainer:
         with self._autocast():
             output = self._network(tokens, statistics=self.learning)
             loss = F.cross_entropy(output.logits.float(), labels)
-        (mean_loss,) = distributed.mean([loss.detach()])
+        maps, pooled = ([getattr(seen, name) for seen in output.statistics] for name in ("mean_map", "pooled"))
+        mean_loss, *means = distributed.mean([loss.detach(), *maps, *pooled])
         if self.learning:
-            mean_maps = distributed.mean([seen.mean_map for seen in output.statistics])
-            pooled = distributed.mean([seen.pooled for seen in output.statistics])
+            mean_maps, pooled = means[: len(maps)], means[len(maps) :]
             sparsity_loss = model_sparsity_loss(self.model.sparsity_parameters, pooled)
             (loss + LOSS_WEIGHT * self.config.model.layers * sparsity_loss).backward()
             seen = Gradients(mean_loss, sparsity_loss.detach(), mean_maps)

@@ -133,7 +133,7 @@ def judge_order(gaps: Iterable[Gap | None]) -> str:
     return REPRODUCED if set(words) == {REPRODUCED} else IN_DIRECTION
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------------------
+# ---- the claims, and helpers -----------------------------------------------------------------------------------------
 
 
 def verdicts(frames: Frames) -> list[Verdict]:
@@ -496,13 +496,10 @@ def _pair(steps: pd.DataFrame, name: str, kind: str) -> tuple[pd.Series, pd.Seri
     """
     steps = where(steps, task=name)
     steps = steps[_number(steps, "median_ms").notna()]
-    steps = steps.assign(step=steps["step"].fillna("") if "step" in steps else "")
     one, sat = where(steps, kind=kind), steps[steps["kind"].isin(SAT_STEPS)]
-    for way in ("fast", "plain", ""):
-        pair = [where(part, step=way) for part in (one, sat)]
-        if all(map(len, pair)):
-            return pair[0].iloc[-1], pair[1].iloc[-1]
-    return None
+    if len(one) and "step" in steps:
+        sat = where(sat, step=one["step"].iloc[-1])
+    return (one.iloc[-1], sat.iloc[-1]) if len(one) and len(sat) else None
 
 
 def step_ratios(steps: pd.DataFrame, name: str) -> dict[str, Ratio]:

@@ -19,8 +19,6 @@ namespace {
 
 constexpr int kHidden = 128;
 constexpr int kWide = kHidden + 8;
-constexpr int kForwardWarps = 4, kBackwardWarps = 8;
-constexpr int kTile = 16 * kBackwardWarps;  // tokens of a block in the backward pass
 constexpr int kPerProcessor = 4;            // blocks of the forward pass
 
 struct Weights {
@@ -130,12 +128,7 @@ __device__ inline void residual(Tiles& r, const Piece (&a)[2][2], const AfterAtt
   for (int k = 0; k < 4; ++k) {
     uint32_t rows[4];
     left_of_pieces(rows, a, k);
-#pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-      uint32_t b[4];
-      right(b, w.out, n, k);
-      multiply(sum[n], sum[n + 1], rows, b);
-    }
+    multiply_rows_of(sum, rows, w.out, 0, k);
   }
   read_rows(r, p.x, first, p.rows, lane);
 #pragma unroll
@@ -153,11 +146,7 @@ __device__ inline void raise(float (&u)[2][4], const uint32_t (&normed)[4][4], c
 #pragma unroll
   for (int i = 0; i < 4; ++i) u[0][i] = u[1][i] = 0;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    uint32_t b[4];
-    right(b, w.up, 2 * c, k);
-    multiply(u[0], u[1], normed[k], b);
-  }
+  for (int k = 0; k < 4; ++k) multiply_rows_of(u, normed[k], w.up, 2 * c, k);
   add_bias(u[0], w.up_bias + 16 * c, lane);
   add_bias(u[1], w.up_bias + 16 * c + 8, lane);
 }
@@ -188,13 +177,9 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kPerProcessor) forward_ker
 #pragma unroll
       for (int i = 0; i < 8; ++i) u[i / 4][i % 4] *= Normal(u[i / 4][i % 4]).whole;
       coins.drop(u[0], u[1], kHiddenSite + c);
-      uint32_t hidden[4], b[4];
+      uint32_t hidden[4];
       pack(hidden, u[0], u[1]);
-#pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        right(b, w.down, n, c);
-        multiply(out[n], out[n + 1], hidden, b);
-      }
+      multiply_rows_of(out, hidden, w.down, 0, c);
     }
 #pragma unroll
     for (int n = 0; n < 8; n += 2) {
@@ -227,12 +212,9 @@ __device__ inline void through_hidden(Tiles& grad_normed, const uint32_t (&norme
                                       BackwardShared& s, int c, const Coins& coins, Lane lane) {
   float u[2][4], grad[2][4] = {};
   raise(u, normed, s.weights, c, lane);
-  uint32_t b[4], packed[4];
+  uint32_t packed[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    right_transposed(b, s.weights.down, 2 * c, k);
-    multiply(grad[0], grad[1], grad_out[k], b);
-  }
+  for (int k = 0; k < 4; ++k) multiply_columns_of(grad, grad_out[k], s.weights.down, 2 * c, k);
   coins.drop(grad[0], grad[1], kHiddenSite + c);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -246,11 +228,7 @@ __device__ inline void through_hidden(Tiles& grad_normed, const uint32_t (&norme
   stage(s.staged.hidden, packed, c, lane);
   pack(packed, grad[0], grad[1]);
   stage(s.staged.grad_hidden, packed, c, lane);
-#pragma unroll
-  for (int n = 0; n < 8; n += 2) {
-    right_transposed(b, s.weights.up, n, c);
-    multiply(grad_normed[n], grad_normed[n + 1], packed, b);
-  }
+  multiply_columns_of(grad_normed, packed, s.weights.up, 0, c);
 }
 
 // d r -> d a, and dWo's operand.
@@ -259,15 +237,12 @@ __device__ inline void through_projection(Tiles& grad, const AfterAttention& p, 
   float sum[2][4][4] = {};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    uint32_t b[4], packed[4];
+    uint32_t packed[4];
     coins.drop(grad[2 * k], grad[2 * k + 1], kProjected + k);
     pack(packed, grad[2 * k], grad[2 * k + 1]);
     stage(s.staged.grad_projected, packed, k, lane);
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-      right_transposed(b, s.weights.out, n, k);
-      multiply(sum[n / 4][n % 4], sum[n / 4][n % 4 + 1], packed, b);
-    }
+    for (int c = 0; c < 2; ++c) multiply_columns_of(sum[c], packed, s.weights.out, 4 * c, k);
   }
 #pragma unroll
   for (int c = 0; c < 2; ++c) write_pieces(p.grad_attended, sum[c], c, first, p.rows, lane);
@@ -280,31 +255,19 @@ struct WeightGrads {
 
   __device__ void add(const Staged& s, int warp, Lane lane) {
     const int m = warp % 4, half = warp / 4;
-    const uint32_t one = lane.g == 0 ? 0x3f803f80u : 0u;  // a right operand whose column 0 is all ones: a sum over tokens
+    const uint32_t one = ones(lane);
 #pragma unroll 2
     for (int k = 0; k < kTile / 16; ++k) {
-      uint32_t a[4], b[4];
+      uint32_t a[4];
       left_transposed(a, s.grad_hidden, warp, k);
       Bf16::mma(up_bias, a, {one, one});
-#pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        right_transposed(b, s.normed, n, k);
-        multiply(up[n], up[n + 1], a, b);
-      }
+      multiply_columns_of(up, a, s.normed, 0, k);
       left_transposed(a, s.grad_out, m, k);
       Bf16::mma(down_bias, a, {one, one});
-#pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        right_transposed(b, s.hidden, 8 * half + n, k);
-        multiply(down[n], down[n + 1], a, b);
-      }
+      multiply_columns_of(down, a, s.hidden, 8 * half, k);
       left_transposed(a, s.grad_projected, m, k);
       Bf16::mma(out_bias, a, {one, one});
-#pragma unroll
-      for (int n = 0; n < 4; n += 2) {
-        right_transposed(b, s.attended, 4 * half + n, k);
-        multiply(out[n], out[n + 1], a, b);
-      }
+      multiply_columns_of(out, a, s.attended, 4 * half, k);
     }
   }
 

@@ -16,8 +16,7 @@ namespace sat {
 namespace {
 
 constexpr int kOuts = 3 * kWidth;
-constexpr int kForwardWarps = 4, kPerProcessor = 5;
-constexpr int kBackwardWarps = 8, kTile = 16 * kBackwardWarps;
+constexpr int kPerProcessor = 5;  // blocks of the forward pass
 
 struct Weights {
   bf16 matrix[kOuts][kNarrow];
@@ -55,13 +54,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kPerProcessor) forward_ker
     for (int c = 0; c < kOuts / 32; ++c) {
       float sum[4][4] = {};
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-          uint32_t b[4];
-          right(b, w.matrix, 4 * c + n, k);
-          multiply(sum[n], sum[n + 1], normed[k], b);
-        }
+      for (int k = 0; k < 4; ++k) multiply_rows_of(sum, normed[k], w.matrix, 4 * c, k);
 #pragma unroll
       for (int n = 0; n < 4; ++n) add_bias(sum[n], w.bias + 32 * c + 8 * n, lane);
       write_pieces(p.out[c / 2], sum, c % 2, 16 * tile, p.rows, lane);
@@ -74,7 +67,7 @@ struct WeightGrads {
   float matrix[3][4][4] = {}, bias[3][4] = {};
 
   __device__ void add(const BackwardShared& s, int warp, Lane lane) {
-    const uint32_t one = lane.g == 0 ? 0x3f803f80u : 0u;  // a right operand whose column 0 is all ones: a sum over tokens
+    const uint32_t one = ones(lane);
 #pragma unroll 2
     for (int k = 0; k < kTile / 16; ++k) {
       uint32_t b[2][4];
@@ -123,13 +116,9 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, 2) backward_kernel(const 
       stage_pieces(s.grad, pieces, kWidth * part, lane);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        uint32_t a[4], b[4];
+        uint32_t a[4];
         left_of_pieces(a, pieces, k);
-#pragma unroll
-        for (int n = 0; n < 8; n += 2) {
-          right_transposed(b, s.weights.matrix, n, 4 * part + k);
-          multiply(tiles[n], tiles[n + 1], a, b);
-        }
+        multiply_columns_of(tiles, a, s.weights.matrix, 0, 4 * part + k);
       }
     }
     uint32_t normed[4][4];

@@ -13,6 +13,8 @@ namespace sat {
 
 constexpr int kWidth = 64;
 constexpr int kNarrow = kWidth + 8;  // a row in shared memory: no two of 8 begin in the same bank
+constexpr int kForwardWarps = 4, kBackwardWarps = 8;
+constexpr int kTile = 16 * kBackwardWarps;  // tokens of a block in the backward pass
 using bf16 = __nv_bfloat16;
 
 // Column 8 n + 2 t + e of a result, or contraction index 16 k + 8 h + 2 t + e, stands for this feature of x.
@@ -60,6 +62,32 @@ __device__ inline void multiply(float (&low)[4], float (&high)[4], const uint32_
   Bf16::mma(low, a, {b[0], b[1]});
   Bf16::mma(high, a, {b[2], b[3]});
 }
+
+// Neighbouring tiles of a result += a times columns 8 n .. of x[column][contraction], contraction 16 k .. + 16.
+template <int tiles, int stride>
+__device__ inline void multiply_rows_of(float (&sum)[tiles][4], const uint32_t (&a)[4], const bf16 (*x)[stride], int n,
+                                        int k) {
+#pragma unroll
+  for (int i = 0; i < tiles; i += 2) {
+    uint32_t b[4];
+    right(b, x, n + i, k);
+    multiply(sum[i], sum[i + 1], a, b);
+  }
+}
+// The same of x[contraction][column].
+template <int tiles, int stride>
+__device__ inline void multiply_columns_of(float (&sum)[tiles][4], const uint32_t (&a)[4], const bf16 (*x)[stride], int n,
+                                           int k) {
+#pragma unroll
+  for (int i = 0; i < tiles; i += 2) {
+    uint32_t b[4];
+    right_transposed(b, x, n + i, k);
+    multiply(sum[i], sum[i + 1], a, b);
+  }
+}
+
+// The right operand whose column 0 is all ones, in both registers: it sums over the contraction.
+__device__ inline uint32_t ones(Lane lane) { return lane.g == 0 ? 0x3f803f80u : 0u; }
 
 // Two tiles of a result as a left operand.
 __device__ inline void pack(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
