@@ -5,7 +5,6 @@ A row is {"experiment", "case", "result", "stamp"}, one JSON line, written as so
 again. Rows of the `smoke` profile lie in runs/smoke and count only for the source text they were measured with.
 """
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -460,9 +459,7 @@ def measure_case(name: str, case: dict, context: Context) -> dict:
 
 def append_once(path: Path, row: dict, there: Callable[[], bool]) -> None:
     """Append a row unless `there()`; processes that end at the same time do so one after another."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.redirect_stdout(None):  # having to wait for milliseconds is no news
-            stack.enter_context(files.lock(path, f"writing {path}", wait=True))
+    with files.lock(path, f"writing {path}", wait=True, quiet=True):
         if not there():
             files.append_row(path, row)
 

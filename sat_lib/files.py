@@ -146,8 +146,10 @@ def commit(root: Path = ROOT) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: str | Path, purpose: str, *, wait: bool = False) -> Iterator[None]:
+def lock(path: str | Path, purpose: str, *, wait: bool = False, quiet: bool = False) -> Iterator[None]:
     """Hold an exclusive lock for the length of a block. The system drops it when the process dies, however it dies.
+
+    `quiet`: don't say that it has to wait, where that is milliseconds.
 
     Raises:
         InputError: another living process holds it, unless `wait` says to wait for that.
@@ -162,6 +164,7 @@ def lock(path: str | Path, purpose: str, *, wait: bool = False) -> Iterator[None
         except OSError as error:
             if not wait:
                 raise InputError(f"{purpose} is already running ({path} is locked). Wait for it or stop it") from error
-            print(f"{purpose} is already running ({path} is locked): waiting for it", flush=True)
+            if not quiet:
+                print(f"{purpose} is already running ({path} is locked): waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

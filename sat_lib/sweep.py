@@ -466,9 +466,7 @@ class _Sweep:
         """Start waiting jobs that there is room for. Other commands wait meanwhile, so none starts the same work."""
         if not self.waiting:
             return
-        with contextlib.ExitStack() as stack:
-            with contextlib.redirect_stdout(None):
-                stack.enter_context(files.lock(self.folder / "lock", "starting jobs", wait=True))
+        with files.lock(self.folder / "lock", "starting jobs", wait=True, quiet=True):
             self._leave_what_runs()
             records = self.launcher.start(self.waiting) if self.waiting else []
             for job, record in zip(self.waiting, records, strict=False):
