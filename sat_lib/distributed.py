@@ -1,17 +1,22 @@
 """Processes that train one model together, and the few things that they say to one another.
 
-Started by torchrun or by a SLURM job, each knows its place from RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*. Without
-these a process is alone, and everything below costs nothing.
+Started by torchrun, by `launch` or by a SLURM job, each knows its place from RANK, WORLD_SIZE, LOCAL_RANK and
+MASTER_*. Without these a process is alone, and everything below costs nothing.
 """
 
 import contextlib
+import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from .errors import require
 
@@ -37,15 +42,77 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     missing = [name for name in names if name not in os.environ]
     require(not missing, f"environment: WORLD_SIZE is set and {missing} are not. Start with torchrun, see README.md")
     if device.type == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        require(local < there, f"processes: wanted at most one for each of {there} GPUs; this is number {local + 1}")
+        local = int(os.environ["LOCAL_RANK"])
+        _check_gpus(local + 1)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield device
     finally:
+        gc.collect()  # graphs with NCCL's kernels in them go before NCCL does
         dist.destroy_process_group()
+
+
+def _check_gpus(processes: int) -> None:
+    there = torch.cuda.device_count()
+    require(processes <= there, f"processes: wanted one at most for each of {there} GPUs here; got {processes}")
+
+
+def launch(processes: int, device: torch.device, function: Callable[..., T], *arguments) -> T:
+    """Call a function in new processes of this machine, joined, and return what process 0 does.
+
+    They are started as `torchrun --standalone --nproc-per-node=PROCESSES` starts them, by the same code.
+
+    Args:
+        device: its type is that of all. function: `function(device, *arguments)`, device the process's own; of a
+            module's top level, since it is pickled, like the arguments and what it returns.
+
+    Raises:
+        InputError: more processes than GPUs, or called by one of several processes.
+        ChildFailedError: the function raised; the message has its traceback.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    require(size() == 1, f"processes: new ones are started by one that is alone; got {size()}. Start without torchrun")
+    if device.type == "cuda":
+        _check_gpus(processes)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    threads = max(1, torch.get_num_threads() // processes)
+    with _signal_handlers_kept():
+        return elastic_launch(settings, _as_launched)(threads, device.type, function, arguments)[0]
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """The launcher puts its own in their place, and raises SignalException where Ctrl-C is a KeyboardInterrupt."""
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    kept = {number: signal.getsignal(number) for number in handled}
+    try:
+        yield
+    except SignalException as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
+    finally:
+        for number, handler in kept.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+@record
+def _as_launched(threads: int, device: str, function: Callable, arguments: tuple):
+    torch.set_num_threads(threads)
+    with joined(torch.device(device)) as own:
+        return function(own, *arguments)
 
 
 def size() -> int:
@@ -87,6 +154,13 @@ def gathered(value: T) -> list[T]:
     values: list[T | None] = [None] * size()
     dist.all_gather_object(values, value)
     return values
+
+
+def copy_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each tensor with process 0's. Unlike `from_first` it doesn't wait for a GPU."""
+    if size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def mean(tensors: Sequence[Tensor]) -> list[Tensor]:

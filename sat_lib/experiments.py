@@ -7,7 +7,7 @@ again. Rows of the `smoke` profile lie in runs/smoke and count only for the sour
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -138,14 +138,14 @@ def ablation_cases(profile: str) -> list[dict]:
 
 def train(case: dict, context: Context) -> dict:
     """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
-    config = case_config(case)
-    data, folder = _data(config), context.training_folder / config.name
+    config, folder = case_config(case), run_folder(case, context)
+    data = _data(config)
     result = runs.fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
         **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters")},
         "seconds": result["seconds"],
-        **{name: result.get(name) for name in ("step", "processes")},  # older runs don't tell
+        **{name: result.get(name) for name in ("step", "processes", "by_process")},  # older runs don't tell
         "dense_best": result["best"].get("dense"),
         "sparse_best": result["best"].get("sparse"),
         "test_examples": result["best"][result["phase"]]["test_examples"],
@@ -200,20 +200,26 @@ def step_cases(profile: str) -> list[dict]:
     """A step of every model and implementation, per task shape; one image and one text shape at the smoke profile."""
     smoke = profile == "smoke"
     return [
-        {
-            "task": name,
-            "kind": kind,
-            "attention": attention,
-            "implementation": implementation,
-            "model": model,
-            "batch": 4 if smoke else 512,
-            "precision": "fp32" if smoke else "bf16",
-            "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
-        }
+        _step_case(name, kind, 4 if smoke else 512, profile)
         for name in (("cifar10", "agnews") if smoke else PAPER_TASKS)
-        for kind, (attention, implementation, model) in STEP_KINDS.items()
+        for kind in STEP_KINDS
         if not (smoke and kind.endswith("plain"))  # all are, there
     ]
+
+
+def _step_case(name: str, kind: str, batch: int, profile: str) -> dict:
+    attention, implementation, model = STEP_KINDS[kind]
+    smoke = profile == "smoke"
+    return {
+        "task": name,
+        "kind": kind,
+        "attention": attention,
+        "implementation": implementation,
+        "model": model,
+        "batch": batch,
+        "precision": "fp32" if smoke else "bf16",
+        "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
+    }
 
 
 def step_time(case: dict, context: Context) -> dict:
@@ -246,7 +252,7 @@ def step_time(case: dict, context: Context) -> dict:
 
 
 def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor]]:
-    """A trainer in the phase to be timed, and its batch on the device."""
+    """A trainer in the phase to be timed, and its batch on the device: this process's share of the case's."""
     ours = {"implementation": case["implementation"]} if case["implementation"] in IMPLEMENTATIONS else {}
     config = run_config(
         case["task"],
@@ -261,7 +267,8 @@ def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torc
     trainer = Trainer(config, data, device, case["step"])
     if case["implementation"] == "transformers":
         peers.use_transformers(trainer.model)
-    batch = to_device(data.train, np.arange(case["batch"]), device)
+    share = np.array_split(np.arange(case["batch"]), distributed.size())[distributed.rank()]
+    batch = to_device(data.train, share, device)
     if case["kind"].startswith("sat, sparse phase"):
         trainer.train_step(batch)
         trainer.enter_sparse_phase(list(trainer.rule.maps))
@@ -277,6 +284,49 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
     labels = random.integers(0, len(chosen.classes), examples)
     split = datasets.Split(tokens, np.arange(examples), labels)
     return datasets.Splits(chosen, split, split, split, "dev")
+
+
+# ---- one model on several GPUs: notebook 07 --------------------------------------------------------------------------
+
+
+def data_parallel_cases(profile: str) -> list[dict]:
+    """SAT by 1, 2 and 4 processes: its steps, the published batch shared or one for each; and whole runs.
+
+    So ordered that on a machine of fewer GPUs all comes that can, before the case that is refused.
+    """
+    smoke = profile == "smoke"
+    name, batch, seeds = ("digits16", 16, 1) if smoke else ("cifar10", 512, 3)
+    changes = {"steps": 60, "warm_up": 6, "eval_every": 20, "switch_at": 20} if smoke else {}
+    cases = []
+    for processes in (1, 2) if smoke else (1, 2, 4):
+        cases += [
+            {"sweep": "step", "processes": processes} | _step_case(name, kind, examples, profile)
+            for examples in sorted({batch, batch * processes})
+            for kind in ("sat, dense phase", "sat, sparse phase")
+        ]
+        cases += [
+            {"sweep": "training", "processes": processes} | _run_case(name, "sat", seed, profile, **changes)
+            for seed in range(seeds)
+        ]
+    return cases
+
+
+def data_parallel(case: dict, context: Context) -> dict:
+    """Measure a case in as many new processes as it says, one too."""
+    return distributed.launch(case["processes"], context.device, _as_one_of_several, case, context)
+
+
+def _as_one_of_several(device: torch.device, case: dict, context: Context) -> dict:
+    context = replace(context, device=device)
+    return train(case, context) if case["sweep"] == "training" else _throughput(case, context)
+
+
+def _throughput(case: dict, context: Context) -> dict:
+    """Time of whole steps one after another, by the wall clock, on random tokens."""
+    trainer, batch = _step_trainer(case, context.device)
+    lengths = {"rounds": 3, "calls": 5} if context.device.type == "cpu" else {}
+    timed = timing.time_rounds(partial(trainer.train_step, batch), context.device, **lengths)
+    return vars(timed) | {"examples_per_second": 1000 * case["batch"] / timed.median_ms}
 
 
 # ---- pretrained models: notebooks 01 and 09 --------------------------------------------------------------------------
@@ -405,6 +455,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "accuracy_short": (short_cases, train),
     "ablations": (ablation_cases, train),
     "step": (step_cases, step_time),
+    "data_parallel": (data_parallel_cases, data_parallel),
     "patterns": (pattern_cases, patterns),
     "motivation": (motivation_cases, look_at_maps),
     "finetuning": (finetuning_cases, fine_tune),
@@ -444,7 +495,7 @@ def measure_case(name: str, case: dict, context: Context) -> dict:
     Raises:
         InputError: several processes, and the case isn't a training run, which is all that they can do together.
     """
-    together = distributed.size() == 1 or "recipe" in case
+    together = distributed.size() == 1 or ("recipe" in case and "processes" not in case)
     require(together, f"processes: {name} is measured by one process; got {distributed.size()}. Start without torchrun")
     start = time.perf_counter()
     row = {"experiment": name, "case": case, "result": EXPERIMENTS[name][1](case, context)}
@@ -465,8 +516,14 @@ def append_once(path: Path, row: dict, there: Callable[[], bool]) -> None:
 
 
 def run_folder(case: dict, context: Context) -> Path | None:
-    """The folder of the training run that a case stands for; None of a case that isn't one."""
-    return context.training_folder / case_config(case).name if "recipe" in case else None
+    """The folder of the training run that a case stands for; None of a case that isn't one.
+
+    Where the case says how many processes train it, the folder is its own: another number would go on with the run.
+    """
+    if "recipe" not in case:
+        return None
+    by = f"-by-{case['processes']}" if "processes" in case else ""
+    return context.training_folder / f"{case_config(case).name}{by}"
 
 
 def rows(

@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -223,6 +224,7 @@ class _Run:
 
     def finish(self) -> dict:
         """Test the best checkpoint of each phase in that phase, and write result.json."""
+        by_process = distributed.gathered(self._outcome())
         for phase, best in self.best.items():
             self.trainer.model = load_model(self.folder / f"best-{phase}.pt", self.device)
             if self.trainer.fast:  # the dev split, which chose it, was scored that way
@@ -242,11 +244,30 @@ class _Run:
             "step": "fast" if trainer.fast else "plain",
             "why_plain": trainer.why_plain,
             "processes": distributed.size(),
+            "by_process": by_process,
             "stamp": timing.stamp(self.device),
         }
         if self.writes:
             files.write_json(self.folder / "result.json", result)
         return distributed.from_first(result)
+
+
+    def _outcome(self) -> dict:
+        """What this process has come to: the same in all, or they weren't training one model."""
+        layouts = self.trainer.model.layouts
+        return {
+            "transition_step": self.trainer.transition_step,
+            "layouts": None if layouts is None else _digest(layout.grid for layout in layouts),
+            "weights": _digest(self.trainer.model.state_dict().values()),
+        }
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Of all their bits."""
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return content.hexdigest()[:16]
 
 
 def _bar_text(record: dict) -> dict:

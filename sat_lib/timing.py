@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import files
+from . import distributed, files
 from .errors import require
 
 FLUSH_BYTES = 256 * 2**20  # written between timed calls on a GPU: several times its L2 cache
@@ -67,6 +67,34 @@ def _time_cuda(call, flush) -> float:
     end.record(stream)
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def time_rounds(
+    call: Callable[[], object], device: torch.device, *, warm_up: int = 5, rounds: int = 10, calls: int = 50
+) -> Timing:
+    """Time calls one after another, as a training run makes them: the wall clock over a round of `calls`.
+
+    Processes that were joined all call this; they start each round together, and the slowest counts.
+    """
+    for _ in range(warm_up):
+        call()
+    taken = []
+    for _ in range(rounds):
+        _wait(device)
+        distributed.barrier()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        _wait(device)
+        taken.append((time.perf_counter() - start) * 1000 / calls)
+    slowest = [max(together) for together in zip(*distributed.gathered(taken), strict=True)]
+    low, median, high = statistics.quantiles(slowest, n=4, method="inclusive")
+    return Timing(median, low, high, rounds * calls)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

@@ -1,7 +1,8 @@
-"""Two processes on a CPU train what one trains: the same losses, transition, layouts and weights."""
+"""Two processes train what one trains, on a CPU and on two GPUs: the same losses, transition, layouts and weights."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +12,18 @@ import pytest
 import torch
 import two_processes
 from conftest import tiny_config, tiny_splits
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sat_lib import distributed, files, runs
 from sat_lib.errors import InputError
+from sat_lib.recipes import run_config
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder of runs by two processes, and what each of the two saw."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*command, str(here / "two_processes.py"), str(folder)], env=environment, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return folder, distributed.launch(2, torch.device("cpu"), two_processes.see, folder)
 
 
 def losses(folder):
@@ -37,7 +33,7 @@ def losses(folder):
 def test_what_processes_say_to_one_another(two):
     for seen in two[1]:
         assert seen["mean"] == [[1.5], [[1.0, 1.0], [1.0, 1.0]]]
-        assert (seen["total"], seen["gathered"], seen["from_first"]) == ([3], [0, 1], 0)
+        assert (seen["total"], seen["copied"], seen["gathered"], seen["from_first"]) == ([3], [1], [0, 1], 0)
         assert "batch: wanted a multiple of 2 processes; got 5" in seen["refused"]
 
 
@@ -49,6 +45,26 @@ def test_both_processes_have_one_transition_the_same_layouts_and_the_same_weight
             assert own["own_grids"] == own["grids"] != []
             assert own["own_weights"] == own["weights"]
         assert first[run]["own_weights"] == second[run]["own_weights"]
+        mine, theirs = first[run]["result"]["by_process"]
+        assert mine == theirs
+        assert mine["transition_step"] == first[run]["result"]["transition_step"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("step", ["plain", "fast"])
+def test_two_gpus_train_what_one_trains(step, tmp_path):
+    """In bfloat16, the published sizes, without dropout; a fast step is a graph with NCCL's kernels in it."""
+    sizes = {"steps": 40, "warm_up": 4, "eval_every": 10, "batch": 16, "switch_at": 15, "precision": "bf16"}
+    config = run_config("digits16", "sat", model={"dropout": 0.0}, **sizes)
+    cuda, train = torch.device("cuda"), two_processes.train
+    results = [distributed.launch(n, cuda, train, config, step, tmp_path / str(n)) for n in (1, 2)]
+    for processes, result in enumerate(results, 1):
+        assert (result["step"], result["processes"], result["transition_step"]) == (step, processes, 15)
+        assert result["by_process"] == processes * result["by_process"][:1]
+    one, two = (np.array(losses(tmp_path / name)) for name in "12")
+    np.testing.assert_allclose(two, one, rtol=0.03)
+    np.testing.assert_allclose(two[:5], one[:5], rtol=0.003)
 
 
 def test_two_processes_train_what_one_trains(two, tmp_path):
@@ -106,6 +122,35 @@ def test_a_half_set_environment_is_refused(monkeypatch):
         distributed.joined(torch.device("cpu")),
     ):
         pass
+
+
+def test_more_processes_than_gpus_are_refused_before_any_is_started():
+    there = torch.cuda.device_count()
+    with pytest.raises(InputError, match=f"one at most for each of {there} GPUs here; got {there + 1}"):
+        distributed.launch(there + 1, torch.device("cuda"), two_processes.fail)
+
+
+def test_what_a_launched_process_raises_is_told():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(ChildFailedError, match="it failed on purpose"):
+        distributed.launch(2, torch.device("cpu"), two_processes.fail)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_an_interrupt_ends_launched_processes():
+    program = (
+        "import torch, two_processes\n"
+        "from sat_lib import distributed\n"
+        "if __name__ == '__main__':\n"
+        "    distributed.launch(2, torch.device('cpu'), two_processes.tell_and_sleep)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(files.ROOT)])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
+    assert {started.stdout.readline(), started.stdout.readline()} == {"rank 0 sleeps\n", "rank 1 sleeps\n"}
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)  # ends once no child holds the pipes
+    assert "KeyboardInterrupt" in said.splitlines()[-1]
 
 
 def test_a_process_that_is_alone_talks_to_itself():
