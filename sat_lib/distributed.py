@@ -34,7 +34,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         InputError: a variable is missing, or there are more processes than GPUs on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        if device.type == "cuda":
+        if device.index is not None:
             torch.cuda.set_device(device)  # streams and events without a device are this one's
         yield device
         return
