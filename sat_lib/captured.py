@@ -19,13 +19,19 @@ class Captured:
     """
 
     def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.graph = torch.cuda.Stream(device), None
+        self.release()
+
+    def release(self) -> None:
+        """Free the graph and its memory. The next call begins anew."""
+        if self.graph is not None:
+            self.graph.reset()
         self.calls, self.graph, self.inputs, self.outputs = 0, None, (), None
 
     def __call__(self, function: Callable, *inputs: Tensor):
         """`function(*inputs)`: tensors, in tuples or lists, None among them. It must not wait for the GPU."""
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in self.inputs]:
-            self.calls, self.graph, self.outputs = 0, None, None
+            self.release()
             self.inputs = [x.clone() for x in inputs]
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)

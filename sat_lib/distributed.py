@@ -5,10 +5,10 @@ MASTER_*. Without these a process is alone, and everything below costs nothing.
 """
 
 import contextlib
-import gc
 import os
 import signal
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -49,11 +49,19 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield device
-    finally:
-        gc.collect()  # graphs with NCCL's kernels in them go before NCCL does
-        dist.destroy_process_group()
+    yield device  # after an exception others may wait for this process, and NCCL for them: its end is what ends them
+    for thing in list(_holding):
+        thing.release()
+    dist.destroy_process_group()
+
+
+_holding: weakref.WeakSet = weakref.WeakSet()
+
+
+def release_at_the_end(thing) -> None:
+    """Have `thing.release()` called before the processes part: NCCL waits for every graph that its kernels are in."""
+    if size() > 1:
+        _holding.add(thing)
 
 
 def _check_gpus(processes: int) -> None:

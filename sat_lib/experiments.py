@@ -200,26 +200,20 @@ def step_cases(profile: str) -> list[dict]:
     """A step of every model and implementation, per task shape; one image and one text shape at the smoke profile."""
     smoke = profile == "smoke"
     return [
-        _step_case(name, kind, 4 if smoke else 512, profile)
+        {
+            "task": name,
+            "kind": kind,
+            "attention": attention,
+            "implementation": implementation,
+            "model": model,
+            "batch": 4 if smoke else 512,
+            "precision": "fp32" if smoke else "bf16",
+            "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
+        }
         for name in (("cifar10", "agnews") if smoke else PAPER_TASKS)
-        for kind in STEP_KINDS
+        for kind, (attention, implementation, model) in STEP_KINDS.items()
         if not (smoke and kind.endswith("plain"))  # all are, there
     ]
-
-
-def _step_case(name: str, kind: str, batch: int, profile: str) -> dict:
-    attention, implementation, model = STEP_KINDS[kind]
-    smoke = profile == "smoke"
-    return {
-        "task": name,
-        "kind": kind,
-        "attention": attention,
-        "implementation": implementation,
-        "model": model,
-        "batch": batch,
-        "precision": "fp32" if smoke else "bf16",
-        "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
-    }
 
 
 def step_time(case: dict, context: Context) -> dict:
@@ -292,18 +286,18 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
 def data_parallel_cases(profile: str) -> list[dict]:
     """SAT by 1, 2 and 4 processes: its steps, the published batch shared or one for each; and whole runs.
 
-    So ordered that on a machine of fewer GPUs all comes that can, before the case that is refused.
+    One process also takes each share alone. So ordered that on a machine of fewer GPUs all comes that can, before the
+    case that is refused.
     """
     smoke = profile == "smoke"
-    name, batch, seeds = ("digits16", 16, 1) if smoke else ("cifar10", 512, 3)
+    name, batch, seeds, numbers = ("digits16", 16, 1, (1, 2)) if smoke else ("cifar10", 512, 3, (1, 2, 4))
     changes = {"steps": 60, "warm_up": 6, "eval_every": 20, "switch_at": 20} if smoke else {}
+    same = {"task": name, "attention": "sat", "precision": "fp32" if smoke else "bf16"}
+    same["step"] = "plain" if smoke else "fast"
     cases = []
-    for processes in (1, 2) if smoke else (1, 2, 4):
-        cases += [
-            {"sweep": "step", "processes": processes} | _step_case(name, kind, examples, profile)
-            for examples in sorted({batch, batch * processes})
-            for kind in ("sat, dense phase", "sat, sparse phase")
-        ]
+    for processes in numbers:
+        batches = {batch // number for number in numbers} if processes == 1 else {batch, batch * processes}
+        cases += [{"sweep": "step", "processes": processes, "batch": size, **same} for size in sorted(batches)]
         cases += [
             {"sweep": "training", "processes": processes} | _run_case(name, "sat", seed, profile, **changes)
             for seed in range(seeds)
@@ -322,11 +316,15 @@ def _as_one_of_several(device: torch.device, case: dict, context: Context) -> di
 
 
 def _throughput(case: dict, context: Context) -> dict:
-    """Time of whole steps one after another, by the wall clock, on random tokens."""
-    trainer, batch = _step_trainer(case, context.device)
-    lengths = {"rounds": 3, "calls": 5} if context.device.type == "cpu" else {}
-    timed = timing.time_rounds(partial(trainer.train_step, batch), context.device, **lengths)
-    return vars(timed) | {"examples_per_second": 1000 * case["batch"] / timed.median_ms}
+    """Time of whole steps one after another in either phase, by the wall clock, on random tokens."""
+    lengths, result = {"rounds": 3, "calls": 5} if context.device.type == "cpu" else {}, {}
+    for phase in ("dense", "sparse"):
+        kind = {"kind": f"sat, {phase} phase", "implementation": "kernel", "model": {}}
+        trainer, batch = _step_trainer(case | kind, context.device)
+        timed = timing.time_rounds(partial(trainer.train_step, batch), context.device, **lengths)
+        result |= {f"{phase}_{name}": value for name, value in vars(timed).items()}
+        result[f"{phase}_examples_per_second"] = 1000 * case["batch"] / timed.median_ms
+    return result
 
 
 # ---- pretrained models: notebooks 01 and 09 --------------------------------------------------------------------------

@@ -136,6 +136,8 @@ class Trainer:
     def _new_phase(self) -> None:
         """What one graph can repeat is a phase's own."""
         self._captured = Captured(self.device) if self.fast and self.device.type == "cuda" else None
+        if self._captured:
+            distributed.release_at_the_end(self._captured)
 
     @property
     def phase(self) -> str:

@@ -52,10 +52,11 @@ def test_both_processes_have_one_transition_the_same_layouts_and_the_same_weight
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("step", ["plain", "fast"])
-def test_two_gpus_train_what_one_trains(step, tmp_path):
-    """In bfloat16, the published sizes, without dropout; a fast step is a graph with NCCL's kernels in it."""
-    sizes = {"steps": 40, "warm_up": 4, "eval_every": 10, "batch": 16, "switch_at": 15, "precision": "bf16"}
+@pytest.mark.parametrize(("step", "precision", "within"), [("plain", "fp32", 0.01), ("fast", "bf16", 0.1)])
+def test_two_gpus_train_what_one_trains(step, precision, within, tmp_path):
+    """The published sizes, without dropout; a fast step is a graph with NCCL's kernels in it. Rounding differs, and
+    what it does to a loss grows with the steps."""
+    sizes = {"steps": 40, "warm_up": 4, "eval_every": 10, "batch": 16, "switch_at": 15, "precision": precision}
     config = run_config("digits16", "sat", model={"dropout": 0.0}, **sizes)
     cuda, train = torch.device("cuda"), two_processes.train
     results = [distributed.launch(n, cuda, train, config, step, tmp_path / str(n)) for n in (1, 2)]
@@ -63,8 +64,9 @@ def test_two_gpus_train_what_one_trains(step, tmp_path):
         assert (result["step"], result["processes"], result["transition_step"]) == (step, processes, 15)
         assert result["by_process"] == processes * result["by_process"][:1]
     one, two = (np.array(losses(tmp_path / name)) for name in "12")
-    np.testing.assert_allclose(two, one, rtol=0.03)
-    np.testing.assert_allclose(two[:5], one[:5], rtol=0.003)
+    np.testing.assert_allclose(two, one, rtol=within)
+    np.testing.assert_allclose(two[:5], one[:5], rtol=within / 10)
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
 
 
 def test_two_processes_train_what_one_trains(two, tmp_path):
