@@ -284,10 +284,10 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
 
 
 def data_parallel_cases(profile: str) -> list[dict]:
-    """SAT by 1, 2 and 4 processes: its steps, the published batch shared or one for each; and whole runs.
+    """SAT by 1, 2 and 4 processes: its steps, the published batch shared or one for each; and whole runs by several.
 
-    One process also takes each share alone. So ordered that on a machine of fewer GPUs all comes that can, before the
-    case that is refused.
+    One process also takes each share alone; its runs are those of `accuracy`. So ordered that on a machine of fewer
+    GPUs all comes that can, before the case that is refused.
     """
     smoke = profile == "smoke"
     name, batch, seeds, numbers = ("digits16", 16, 1, (1, 2)) if smoke else ("cifar10", 512, 3, (1, 2, 4))
@@ -301,6 +301,7 @@ def data_parallel_cases(profile: str) -> list[dict]:
         cases += [
             {"sweep": "training", "processes": processes} | _run_case(name, "sat", seed, profile, **changes)
             for seed in range(seeds)
+            if processes > 1
         ]
     return cases
 
