@@ -43,7 +43,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     require(not missing, f"environment: WORLD_SIZE is set and {missing} are not. Start with torchrun, see README.md")
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
-        _check_gpus(local + 1)
+        _check_room(local + 1, device)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
@@ -64,8 +64,13 @@ def release_at_the_end(thing) -> None:
         _holding.add(thing)
 
 
-def _check_gpus(processes: int) -> None:
-    there = torch.cuda.device_count()
+def most_processes(device: torch.device) -> float:
+    """As many as this machine has GPUs; on a CPU any number."""
+    return torch.cuda.device_count() if device.type == "cuda" else float("inf")
+
+
+def _check_room(processes: int, device: torch.device) -> None:
+    there = most_processes(device)
     require(processes <= there, f"processes: wanted one at most for each of {there} GPUs here; got {processes}")
 
 
@@ -85,8 +90,7 @@ def launch(processes: int, device: torch.device, function: Callable[..., T], *ar
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     require(size() == 1, f"processes: new ones are started by one that is alone; got {size()}. Start without torchrun")
-    if device.type == "cuda":
-        _check_gpus(processes)
+    _check_room(processes, device)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -286,8 +286,7 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
 def data_parallel_cases(profile: str) -> list[dict]:
     """SAT by 1, 2 and 4 processes: its steps, the published batch shared or one for each; and whole runs by several.
 
-    One process also takes each share alone; its runs are those of `accuracy`. So ordered that on a machine of fewer
-    GPUs all comes that can, before the case that is refused.
+    One process also takes each share alone; its runs are those of `accuracy`.
     """
     smoke = profile == "smoke"
     name, batch, seeds, numbers = ("digits16", 16, 1, (1, 2)) if smoke else ("cifar10", 512, 3, (1, 2, 4))
@@ -554,14 +553,25 @@ def rows(
     stored = _stored(name, context)
     found = _by_case(stored, timing.device_name(context.device) if measure else _main_device(stored))
     todo = distributed.from_first([case for case in wanted if measure and files.digest(case) not in found])
-    for number, case in enumerate(todo, 1):
+    fitting = _that_fit(todo, context)
+    for number, case in enumerate(fitting, 1):
         if report:
-            print(f"{name} {number}/{len(todo)}: {describe(case)}", flush=True)
+            print(f"{name} {number}/{len(fitting)}: {describe(case)}", flush=True)
         found[files.digest(case)] = measure_case(name, case, context)
     kept = [found[files.digest(case)] for case in wanted if files.digest(case) in found]
     frame = pd.DataFrame([_flat(row) for row in kept])
     frame.attrs["missing"] = len(wanted) - len(kept)
     return frame
+
+
+def _that_fit(cases: list[dict], context: Context) -> list[dict]:
+    """Those that this machine has the GPUs for; all, where that is none of them, so that an error says why."""
+    most = distributed.most_processes(context.device)
+    fitting = [case for case in cases if case.get("processes", 1) <= most]
+    if fitting and len(fitting) < len(cases):
+        left_out = f"{len(cases) - len(fitting)} of {len(cases)} cases"
+        print(f"{left_out} want more GPUs than the {most} here, and are left out", flush=True)
+    return fitting or cases
 
 
 def describe(case: dict) -> str:

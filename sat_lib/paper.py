@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, files, map_figures, pattern_figures, verdict_figures, verdicts
+from . import experiments, figures, files, map_figures, parallel_figures, pattern_figures, verdict_figures, verdicts
 from .errors import require
 
 # stage -> experiment whose rows it draws, which of them (None: all), and how
@@ -19,6 +19,7 @@ FIGURES = {
     "05_time_breakdown": ("kernels", {"sweep": "operations"}, figures.time_breakdown),
     "06_ablations": ("ablations", None, figures.ablations),
     "07_scaling": ("kernels", {"sweep": "length"}, figures.scaling),
+    "07_data_parallel": ("data_parallel", {"sweep": "step"}, parallel_figures.data_parallel),
     "08_explore": ("patterns", None, pattern_figures.patterns),
     "09_finetuning": ("finetuning", None, map_figures.finetuning),
 }
@@ -28,6 +29,8 @@ TABLES = {
     "03_accuracy_table": ("accuracy", figures.accuracy_table),
     "03_accuracy_short_table": ("accuracy_short", partial(figures.accuracy_table, published=False)),
     "04_step_time_table": ("step", figures.step_table),
+    "07_data_parallel_table": ("data_parallel", parallel_figures.steps_table),
+    "07_data_parallel_runs": ("data_parallel", parallel_figures.runs_table),
     "09_finetuning_table": ("finetuning", map_figures.finetuning_table),
     "09_finetuning_steps": ("pretrained_step", map_figures.pretrained_step_table),
 }

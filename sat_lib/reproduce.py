@@ -28,8 +28,15 @@ PROFILES = ("smoke", "paper")
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # names that files.atomic_path gives
 
 
-def _figure(name: str, look: str, minutes: float, *tables: str, experiments: tuple[str, ...] = ()) -> Stage:
-    outputs = [f"{name}.{kind}" for kind in ("pdf", "png", "csv", "json")]
+def _figure(
+    name: str,
+    look: str,
+    minutes: float,
+    *tables: str,
+    figures: tuple[str, ...] = (),
+    experiments: tuple[str, ...] = (),
+) -> Stage:
+    outputs = [f"{figure}.{kind}" for figure in (name, *figures) for kind in ("pdf", "png", "csv", "json")]
     outputs += [f"{table}.{kind}" for table in tables for kind in ("csv", "md")]
     rows = tuple(f"data/results/{experiment}.jsonl" for experiment in experiments or (name[3:],))
     return Stage(name, tuple(outputs), look, minutes, rows=rows)
@@ -79,9 +86,13 @@ STAGES = (
     _figure(
         "07_scaling",
         "Time and peak memory over sequence length and density: dense attention grows with the square of the length, "
-        "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less).",
+        "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less). And how many "
+        "examples a second several processes train one model with.",
         1,
-        experiments=("kernels",),
+        "07_data_parallel_table",
+        "07_data_parallel_runs",
+        figures=("07_data_parallel",),
+        experiments=("kernels", "data_parallel"),
     ),
     _figure(
         "08_explore",

@@ -205,6 +205,7 @@ def _jobs(name: str, cases: list[dict], context: experiments.Context, device: st
     """A job for each case, or for all cases of one training run: two jobs can't train in one folder at a time."""
     works: dict[str, list[dict]] = {}
     for case in cases:
+        require("processes" not in case, f"experiment: {name} starts processes of its own. Use python -m sat_lib bench")
         folder = experiments.run_folder(case, context)
         require(
             folder is not None or launch.processes == 1,

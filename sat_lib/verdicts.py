@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from . import files
+from . import files, parallel_figures
 from .figures import OPERATIONS, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES
 from .model import Encoder, model_config
 from .recipes import PAPER_TASKS, PUBLISHED
@@ -26,8 +26,8 @@ REPRODUCED, IN_DIRECTION, NOT_REPRODUCED, NOT_RUN = WORDS = (
 )
 ENOUGH = 0.8  # of a published ratio or gain that ours has to reach to count as reproduced
 WHOLE = 0.75  # of the official training examples: with fewer, a run is one on a part of the data
-SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "motivation", "finetuning", "pretrained_step",
-           "patterns")  # fmt: skip
+SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "data_parallel", "motivation", "finetuning",
+           "pretrained_step", "patterns")  # fmt: skip
 
 # The paper's, and the released runs' and checkpoints'; accuracies and operations are in figures.py.
 PUBLISHED_PARAMETERS = {"cifar10": 160_650, "inaturalist": 177_550, "agnews": 245_252, "yelp": 244_994}
@@ -38,6 +38,7 @@ PUBLISHED_SWITCH = {
 }
 PUBLISHED_BIGBIRD = {"agnews": 2.48, "yelp": 2.45, "cifar10": 2.84, "inaturalist": 2.74}  # step time over SAT's
 PUBLISHED_MEMORY = 6.87
+PUBLISHED_GPUS = 4
 PUBLISHED_DENSE_MS = {"QK^T": 2.4, "softmax": 9.4, "AV": 4.0}
 PUBLISHED_MODELS = ("google/vit-base-patch16-224-in21k", "bert-base-uncased")
 NAMES = {"dense": "dense", "longformer": "Longformer", "bigbird": "BigBird", "lsg": "LSG", "sat": "SAT"}
@@ -150,6 +151,7 @@ def verdicts(frames: Frames) -> list[Verdict]:
         bottleneck(frames),
         attention_memory(frames),
         step_memory(frames),
+        several_gpus(frames),
         sparse_maps(frames),
         fine_tuning(frames),
         fine_tuning_time(frames),
@@ -696,6 +698,54 @@ def step_memory(frames: Frames) -> Verdict:
     return _verdict(
         head, frames["step"], "; ".join(told) + " times SAT's", judge_ratio(most["ratio"], PUBLISHED_MEMORY), why + "."
     )
+
+
+# ---- several GPUs ----------------------------------------------------------------------------------------------------
+
+
+def several_gpus(frames: Frames) -> Verdict:
+    """Whether the most processes that train one model agree and reach one's accuracy, and what they gain in time."""
+    head = _head(
+        "SAT trains one model on several GPUs",
+        bench("data_parallel"),
+        "07_data_parallel, 07_data_parallel_table, 07_data_parallel_runs",
+        f"trained on {PUBLISHED_GPUS}, without a comparison",
+    )
+    rows = frames["data_parallel"]
+    runs, steps = where(rows, sweep="training"), where(rows, sweep="step")
+    runs = runs[runs["processes"] == runs["processes"].max()] if len(runs) else runs
+    if not len(runs) or not len(steps):
+        return _not_run(head)
+    most, name = int(runs["processes"].iloc[0]), runs["task"].iloc[0]
+    one = percent(comparable(training_runs(frames, "accuracy"), name, part=False), "sat")
+    several = 100 * runs["test_accuracy"].astype(float)
+    found, agreeing = gap(several, one), sum(parallel_figures.agree(runs))
+    lines = where(parallel_figures.steps(steps), processes=most)
+    times = most * lines["efficiency"]
+    failed = agreeing < len(runs) or (times <= 1).any() or (found is not None and found.beyond and found.difference < 0)
+    clear = most >= PUBLISHED_GPUS and found is not None and not np.isnan(found.error)
+    return _verdict(
+        head,
+        rows.drop(columns="seconds", errors="ignore"),
+        f"{most} GPUs: {_span(times)} times the examples a second of one; "
+        f"{TASK_NAMES[name]} {_mean(several)}" + (f", one GPU {_mean(one)}" if len(one) else ""),
+        NOT_REPRODUCED if failed else REPRODUCED if clear else IN_DIRECTION,
+        f"In {agreeing} of {len(runs)} runs all processes ended with the same transition step (over the seeds "
+        f"{_span(_number(runs, 'transition_step').dropna(), '.0f')}), layouts and weights, bit for bit"
+        + (f"; accuracy {found} against one GPU" if found is not None else "")
+        + "".join(f"; {told}" for told in (_sharing(lines), _fewer(most)) if told)
+        + ".",
+    )
+
+
+def _sharing(lines: pd.DataFrame) -> str:
+    """Of steps by several processes: what they take beyond the same work alone."""
+    cost = (lines["median_ms"] - lines["share_ms"]).dropna()
+    return f"a step takes {_span(cost)} ms longer than on one GPU with its share alone" if len(cost) else ""
+
+
+def _fewer(most: int) -> str:
+    return f"not run: {PUBLISHED_GPUS} GPUs" if most < PUBLISHED_GPUS else ""
 
 
 # ---- pretrained models -----------------------------------------------------------------------------------------------

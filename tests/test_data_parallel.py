@@ -1,0 +1,132 @@
+"""One model by several processes: how cases are measured, and what is made of their rows."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sat_lib import distributed, experiments, parallel_figures, verdicts
+from sat_lib.errors import InputError
+from sat_lib.sweep import Launch, sweep
+from sat_lib.verdicts import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+
+STAMP = {"device": "NVIDIA H100", "commit": "0123456789ab", "torch": "2.13.0", "date": "2026-01-01T00:00:00+00:00"}
+MS = {(1, 256): 6.0, (1, 512): 10.0, (2, 512): 6.25, (2, 1024): 10.5}  # of a dense step; a sparse one takes half
+
+
+def step_rows() -> list[dict]:
+    rows = []
+    for (processes, batch), ms in MS.items():
+        row = {"sweep": "step", "processes": processes, "task": "cifar10", "batch": batch, "wall_seconds": 30.0} | STAMP
+        for phase, time in (("dense", ms), ("sparse", ms / 2)):
+            row |= {f"{phase}_median_ms": time, f"{phase}_low_ms": time, f"{phase}_high_ms": time}
+            row[f"{phase}_examples_per_second"] = 1000 * batch / time
+        rows.append(row)
+    return rows
+
+
+def training_rows(percents: list[float], processes: int = 2, differ: bool = False) -> list[dict]:
+    outcome = {"transition_step": 200, "layouts": "aa", "weights": "bb"}
+    by_process = [outcome] * (processes - 1) + [outcome | ({"weights": "cc"} if differ else {})]
+    run = {"task": "cifar10", "attention": "sat", "model": {}, "recipe": {}, "train_examples": 45_000}
+    run |= {"transition_step": 200.0, "seconds": {"dense": 5.0, "sparse": 25.0}, "wall_seconds": 50.0} | STAMP
+    return [
+        {"seed": seed, "test_accuracy": percent / 100, "by_process": by_process, "processes": processes} | run
+        for seed, percent in enumerate(percents)
+    ]
+
+
+def frames(several: list[dict], one: tuple[float, ...] = (42.0, 42.5, 41.5)) -> dict[str, pd.DataFrame]:
+    together = [row | {"sweep": "training"} for row in several]
+    return {
+        "data_parallel": pd.DataFrame(step_rows() + together),
+        "accuracy": pd.DataFrame(training_rows(list(one), processes=1)),
+    }
+
+
+def test_efficiency_is_against_so_many_times_one_and_the_share_alone_is_the_same_work():
+    lines = parallel_figures.steps(pd.DataFrame(step_rows()))
+    dense = lines[lines["phase"] == "dense"].set_index(["processes", "batch"])
+    np.testing.assert_allclose(dense["efficiency"], [10 / 12, 1, 0.8, 10 / 10.5])
+    assert dense["share_ms"].isna().tolist() == [True, True, False, False]
+    assert (dense["share_ms"][2, 512], dense["share_ms"][2, 1024]) == (6.0, 10.0)
+
+
+def test_the_panel_shows_both_ways_of_growing():
+    rows = pd.DataFrame(step_rows())
+    figure, drawn = parallel_figures.data_parallel(rows)
+    (axis,) = figure.axes
+    shown = {line.get_label(): line.get_ydata() for line in axis.get_lines() if not line.get_label().startswith("_")}
+    assert shown.keys() == {f"{p} phase, 512 {how}" for p in ("dense", "sparse") for how in ("each", "in all")}
+    np.testing.assert_allclose(shown["dense phase, 512 in all"], [51.2, 81.92])
+    np.testing.assert_allclose(shown["sparse phase, 512 each"], [102.4, 2 * 1024 / 10.5])
+    assert sorted(text.get_text() for text in axis.texts) == ["80%", "80%", "95%", "95%"]
+    assert len(drawn) == len(parallel_figures.steps_table(rows)) == 8
+
+
+def test_the_table_of_runs_says_where_processes_differ():
+    rows = frames(training_rows([42.0]) + training_rows([41.0], differ=True))["data_parallel"]
+    table = parallel_figures.runs_table(rows)
+    assert table["test %"].tolist() == ["42.00", "41.00"]
+    assert table["same step, layouts and weights in all"].tolist() == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("several", "word", "why"),
+    [
+        (training_rows([42.0, 42.2, 41.8]), IN_DIRECTION, "within the spread"),  # on fewer GPUs than the paper's
+        (training_rows([42.0, 42.2, 41.8], differ=True), NOT_REPRODUCED, "In 0 of 3 runs"),
+        (training_rows([39.0, 39.1, 38.9]), NOT_REPRODUCED, "beyond the spread"),
+        (training_rows([46.0, 46.1, 45.9]), IN_DIRECTION, "not run: 4 GPUs"),
+        ([], NOT_RUN, "no rows"),
+    ],
+)  # fmt: skip
+def test_several_gpus_have_to_agree_and_be_as_accurate_as_one(several, word, why):
+    found = verdicts.several_gpus(frames(several))
+    assert found.verdict == word and why in found.why
+    assert word == NOT_RUN or "2 GPUs: 1.60 to 1.90 times the examples a second of one" in found.ours
+
+
+def test_as_many_gpus_as_the_papers_reproduce_it():
+    made = frames(training_rows([42.0, 42.2, 41.8], processes=4))
+    four = [row | {"processes": 2 * row["processes"]} for row in step_rows() if row["processes"] == 2]
+    made["data_parallel"] = pd.concat([made["data_parallel"], pd.DataFrame(four)], ignore_index=True)
+    assert verdicts.several_gpus(made).verdict == REPRODUCED
+
+
+def test_cases_are_unique_and_the_runs_of_one_process_are_those_of_accuracy():
+    cases = experiments.data_parallel_cases("paper")
+    assert len({str(case) for case in cases}) == len(cases)
+    numbers = {(case["sweep"], case["processes"]) for case in cases}
+    assert numbers == {("step", 1), ("step", 2), ("step", 4), ("training", 2), ("training", 4)}
+    single = {case["seed"]: case for case in experiments.accuracy_cases("paper")
+              if (case["task"], case["attention"]) == ("cifar10", "sat")}  # fmt: skip
+    for case in cases:
+        if case["sweep"] == "training":
+            assert experiments.case_config(case) == experiments.case_config(single[case["seed"]])
+
+
+def test_runs_by_several_have_folders_of_their_own(tmp_path):
+    context = experiments.Context("paper", torch.device("cpu"), tmp_path, "code")
+    training = [case for case in experiments.data_parallel_cases("paper") if case["sweep"] == "training"]
+    folders = {experiments.run_folder(case, context) for case in training}
+    assert len(folders) == len(training)
+    assert folders.isdisjoint({experiments.run_folder(case, context) for case in experiments.accuracy_cases("paper")})
+
+
+def test_what_wants_more_gpus_than_there_are_is_left_out_aloud(monkeypatch, tmp_path, capsys):
+    measured = []
+    measure = (lambda profile: [{"processes": n} for n in (1, 2, 4)], lambda case, context: measured.append(case) or {})
+    monkeypatch.setitem(experiments.EXPERIMENTS, "data_parallel", measure)
+    monkeypatch.setattr(distributed, "most_processes", lambda device: 2)
+    frame = experiments.rows("data_parallel", device="cpu", root=tmp_path)
+    assert [case["processes"] for case in measured] == [1, 2]
+    assert "1 of 3 cases want more GPUs than the 2 here, and are left out" in capsys.readouterr().out
+    assert (len(frame), frame.attrs["missing"]) == (2, 1)
+    experiments.rows("data_parallel", device="cpu", root=tmp_path, only={"processes": 4})
+    assert measured[-1] == {"processes": 4}  # nothing else to do: `distributed.launch` says why not
+
+
+def test_a_sweep_refuses_what_starts_its_own_processes(tmp_path):
+    with pytest.raises(InputError, match=r"data_parallel starts processes of its own\. Use python -m sat_lib bench"):
+        sweep("data_parallel", "smoke", Launch("debug"), device="cpu", root=tmp_path)
