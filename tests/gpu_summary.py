@@ -14,21 +14,25 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
 class Outcomes:
-    """A pytest plugin that counts what became of the tests."""
+    """A pytest plugin that counts what became of the tests, and names those that failed."""
 
     def __init__(self):
-        self.counts = Counter()
+        self.counts, self.failures = Counter(), []
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += report.when == "call" or report.outcome == "skipped" or report.failed
+        if report.failed:
+            self.failures.append(report.nodeid)
+            print(f"\nFAILED {report.nodeid}", flush=True)  # now, in case the rest is cut off
 
 
 def main() -> int:
     device = timing.pick_device("cuda")
     outcomes, start = Outcomes(), time.perf_counter()
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[outcomes])
-    result = dict(outcomes.counts) | {"seconds": round(time.perf_counter() - start), "pytest_status": int(status)}
+    result = dict(outcomes.counts) | {"failures": outcomes.failures}
+    result |= {"seconds": round(time.perf_counter() - start), "pytest_status": int(status)}
     for tool in TOOLS:
         calls = str(Path(__file__).with_name("sanitizer_calls.py"))
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, calls]
