@@ -5,6 +5,7 @@ MASTER_*. Without these a process is alone, and everything below costs nothing.
 """
 
 import contextlib
+import math
 import os
 import signal
 import uuid
@@ -34,7 +35,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         InputError: a variable is missing, or there are more processes than GPUs on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # streams and events without a device are this one's
         yield device
         return
@@ -49,7 +50,9 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    yield device  # after an exception others may wait for this process, and NCCL for them: its end is what ends them
+    # Not in a finally: after an exception the others may wait for this process, and destroying the group would wait for
+    # them. The process's end frees all.
+    yield device
     for thing in list(_holding):
         thing.release()
     dist.destroy_process_group()
@@ -65,8 +68,8 @@ def release_at_the_end(thing) -> None:
 
 
 def most_processes(device: torch.device) -> float:
-    """As many as this machine has GPUs; on a CPU any number."""
-    return torch.cuda.device_count() if device.type == "cuda" else float("inf")
+    """As many as this machine has GPUs; on a CPU any number, math.inf."""
+    return torch.cuda.device_count() if device.type == "cuda" else math.inf
 
 
 def _check_room(processes: int, device: torch.device) -> None:
@@ -77,7 +80,8 @@ def _check_room(processes: int, device: torch.device) -> None:
 def launch(processes: int, device: torch.device, function: Callable[..., T], *arguments) -> T:
     """Call a function in new processes of this machine, joined, and return what process 0 does.
 
-    They are started as `torchrun --standalone --nproc-per-node=PROCESSES` starts them, by the same code.
+    They are started as `torchrun --standalone --nproc-per-node=PROCESSES` starts them, by the same code. They import
+    the calling script anew, which therefore needs its `if __name__ == "__main__":`.
 
     Args:
         device: its type is that of all. function: `function(device, *arguments)`, device the process's own; of a
@@ -85,7 +89,7 @@ def launch(processes: int, device: torch.device, function: Callable[..., T], *ar
 
     Raises:
         InputError: more processes than GPUs, or called by one of several processes.
-        ChildFailedError: the function raised; the message has its traceback.
+        ChildFailedError: the function raised, and the message has its traceback; or a process was killed.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

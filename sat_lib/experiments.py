@@ -307,6 +307,8 @@ def data_parallel_cases(profile: str) -> list[dict]:
 
 def data_parallel(case: dict, context: Context) -> dict:
     """Measure a case in as many new processes as it says, one too."""
+    if case["sweep"] == "training":
+        _data(case_config(case))  # what is wrong with them is told here, not in each process
     return distributed.launch(case["processes"], context.device, _as_one_of_several, case, context)
 
 
@@ -553,7 +555,7 @@ def rows(
     stored = _stored(name, context)
     found = _by_case(stored, timing.device_name(context.device) if measure else _main_device(stored))
     todo = distributed.from_first([case for case in wanted if measure and files.digest(case) not in found])
-    fitting = _that_fit(todo, context)
+    fitting = _that_fit(todo, wanted, context)
     for number, case in enumerate(fitting, 1):
         if report:
             print(f"{name} {number}/{len(fitting)}: {describe(case)}", flush=True)
@@ -564,14 +566,15 @@ def rows(
     return frame
 
 
-def _that_fit(cases: list[dict], context: Context) -> list[dict]:
-    """Those that this machine has the GPUs for; all, where that is none of them, so that an error says why."""
+def _that_fit(todo: list[dict], wanted: list[dict], context: Context) -> list[dict]:
+    """Those to do that this machine has the GPUs for; all, where none of the wanted is one: an error then says why."""
     most = distributed.most_processes(context.device)
-    fitting = [case for case in cases if case.get("processes", 1) <= most]
-    if fitting and len(fitting) < len(cases):
-        left_out = f"{len(cases) - len(fitting)} of {len(cases)} cases"
-        print(f"{left_out} want more GPUs than the {most} here, and are left out", flush=True)
-    return fitting or cases
+    if all(case.get("processes", 1) > most for case in wanted):
+        return todo
+    fitting = [case for case in todo if case.get("processes", 1) <= most]
+    if len(fitting) < len(todo):
+        print(f"{len(todo) - len(fitting)} cases are left out: they want more than the {most} GPUs here", flush=True)
+    return fitting
 
 
 def describe(case: dict) -> str:

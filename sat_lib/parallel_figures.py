@@ -16,17 +16,19 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns:
         median_ms, low_ms, high_ms: of a step. examples_per_second: of all processes together. efficiency: that over
-        so many times what one process does at its largest batch. share_ms: where there are several, a step of one
-        process that has only its share of the batch: what a step would take if sharing cost nothing.
+        so many times what one process does at its largest batch, NaN without rows of one. share_ms: where there are
+        several, a step of one process that has only its share of the batch: what it would take if sharing cost nothing.
     """
     rows = rows[rows["sweep"] == "step"]
+    measures = ["median_ms", "low_ms", "high_ms", "examples_per_second"]
     lines = [
-        {"processes": int(row["processes"]), "batch": int(row["batch"]), "phase": phase}
-        | {name: row[f"{phase}_{name}"] for name in ("median_ms", "low_ms", "high_ms", "examples_per_second")}
+        {"phase": phase, "processes": int(row["processes"]), "batch": int(row["batch"])}
+        | {name: row[f"{phase}_{name}"] for name in measures}
         for _, row in rows.iterrows()
         for phase in PHASES
     ]
-    lines = pd.DataFrame(lines).sort_values(["phase", "processes", "batch"], ignore_index=True)
+    lines = pd.DataFrame(lines, columns=["phase", "processes", "batch", *measures])
+    lines = lines.sort_values(["phase", "processes", "batch"], ignore_index=True)
     alone = lines[lines["processes"] == 1].set_index(["phase", "batch"])
     one = alone["examples_per_second"].groupby("phase").last()
     lines["efficiency"] = lines["examples_per_second"] / (lines["processes"] * lines["phase"].map(one))
@@ -41,13 +43,13 @@ def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Beside a point stands its efficiency; the dotted lines are what one process does, so many times.
     """
     drawn = steps(rows)
-    batch, numbers = drawn.loc[drawn["processes"] == 1, "batch"].max(), sorted(set(drawn["processes"]))
+    batch, numbers = (drawn["batch"] // drawn["processes"]).max(), sorted(set(drawn["processes"]))
     figure, ((axis,),) = new(COLUMN, 2.4)
     for phase in reversed(PHASES):
         colour, part = PALETTE[f"sat, {phase} phase"], drawn[drawn["phase"] == phase]
         shared, whole = (part[part["batch"] == batch * each] for each in (1, part["processes"]))
-        one = whole["examples_per_second"].iloc[0] / 1000
-        axis.plot(numbers, [one * number for number in numbers], ":", color=colour, linewidth=0.9)
+        for one in whole.loc[whole["processes"] == 1, "examples_per_second"] / 1000:
+            axis.plot(numbers, [one * number for number in numbers], ":", color=colour, linewidth=0.9)
         _line(axis, whole, f"{phase} phase, {batch} each", "-o", "bottom", color=colour)
         _line(axis, shared, f"{phase} phase, {batch} in all", "--o", "top", color=colour, markerfacecolor="white")
     axis.set(xlabel="processes", ylabel="thousand examples / s", xticks=numbers)
@@ -63,7 +65,7 @@ def _line(axis: Axes, part: pd.DataFrame, label: str, style: str, side: str, **l
     rates = part["examples_per_second"] / 1000
     axis.plot(part["processes"], rates, style, label=label, markersize=4, linewidth=1, **look)
     for line, rate in zip(part.itertuples(), rates, strict=True):
-        if line.processes > 1:
+        if line.processes > 1 and not pd.isna(line.efficiency):
             place = {"xytext": (5, 0), "textcoords": "offset points", "va": side, "fontsize": 6}
             axis.annotate(f"{line.efficiency:.0%}", (line.processes, rate), **place)
 
@@ -87,6 +89,7 @@ def steps_table(rows: pd.DataFrame) -> pd.DataFrame:
 def runs_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per run by several processes, and whether all of them came to the same bits."""
     runs = rows[rows["sweep"] == "training"]
+    runs = runs.reindex(columns=["processes", "seed", "transition_step", "test_accuracy", "wall_seconds", "by_process"])
     return pd.DataFrame(
         {
             "processes": runs["processes"].astype(int),
@@ -101,4 +104,4 @@ def runs_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def agree(runs: pd.DataFrame) -> list[bool]:
     """Of each run, whether all its processes had the same transition step, layouts and weights at the end."""
-    return [all(process == processes[0] for process in processes) for processes in runs["by_process"]]
+    return [all(process == processes[0] for process in processes) for processes in runs.get("by_process", ())]

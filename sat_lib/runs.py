@@ -251,7 +251,6 @@ class _Run:
             files.write_json(self.folder / "result.json", result)
         return distributed.from_first(result)
 
-
     def _outcome(self) -> dict:
         """What this process has come to: the same in all, or they weren't training one model."""
         layouts = self.trainer.model.layouts

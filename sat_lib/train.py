@@ -216,8 +216,8 @@ class Trainer:
     def _share_gradients(self, loss: Tensor) -> Tensor:
         """Put the mean over the processes in place of each gradient, clip it, and return that of the loss.
 
-        All in one tensor at the end of the backward pass, 0.6 MB, instead of DistributedDataParallel's buckets during
-        it: there is nothing worth hiding, and it goes into the graph.
+        All in one tensor at the end of the backward pass, 0.6 MB for CIFAR-10, instead of DistributedDataParallel's
+        buckets during it: there is little to hide, and it goes into the graph. (The dense phase's maps are 8.4 MB.)
         """
         trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         mean_loss, *means = distributed.mean([loss.detach(), *(parameter.grad for parameter in trained)])

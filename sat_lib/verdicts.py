@@ -713,39 +713,56 @@ def several_gpus(frames: Frames) -> Verdict:
     )
     rows = frames["data_parallel"]
     runs, steps = where(rows, sweep="training"), where(rows, sweep="step")
-    runs = runs[runs["processes"] == runs["processes"].max()] if len(runs) else runs
-    if not len(runs) or not len(steps):
+    steps = parallel_figures.steps(steps).dropna(subset=["efficiency", "share_ms"]) if len(steps) else steps
+    both = set(runs.get("processes", ())) & set(steps.get("processes", ()))
+    if not both:
         return _not_run(head)
-    most, name = int(runs["processes"].iloc[0]), runs["task"].iloc[0]
-    one = percent(comparable(training_runs(frames, "accuracy"), name, part=False), "sat")
-    several = 100 * runs["test_accuracy"].astype(float)
-    found, agreeing = gap(several, one), sum(parallel_figures.agree(runs))
-    lines = where(parallel_figures.steps(steps), processes=most)
-    times = most * lines["efficiency"]
-    failed = agreeing < len(runs) or (times <= 1).any() or (found is not None and found.beyond and found.difference < 0)
+    most = int(max(both))
+    runs, steps = where(runs, processes=most), where(steps, processes=most)
+    one = _by_one(frames, runs["task"].iloc[0])
+    several, alone = (100 * _number(some, "test_accuracy") for some in (runs, one))
+    found, agreeing = gap(several, alone), sum(parallel_figures.agree(runs))
+    slower = (most * steps["efficiency"] <= 1).any()
+    worse = found is not None and found.beyond and found.difference < 0
     clear = most >= PUBLISHED_GPUS and found is not None and not np.isnan(found.error)
+    cost = steps["median_ms"] - steps["share_ms"]
+    switched = _number(runs, "transition_step").dropna()
     return _verdict(
         head,
         rows.drop(columns="seconds", errors="ignore"),
-        f"{most} GPUs: {_span(times)} times the examples a second of one; "
-        f"{TASK_NAMES[name]} {_mean(several)}" + (f", one GPU {_mean(one)}" if len(one) else ""),
-        NOT_REPRODUCED if failed else REPRODUCED if clear else IN_DIRECTION,
-        f"In {agreeing} of {len(runs)} runs all processes ended with the same transition step (over the seeds "
-        f"{_span(_number(runs, 'transition_step').dropna(), '.0f')}), layouts and weights, bit for bit"
+        f"{most} GPUs: {_gains(steps)}; {TASK_NAMES[runs['task'].iloc[0]]} {_mean(several)}"
+        + (f", one GPU {_mean(alone)}" if len(one) else ""),
+        NOT_REPRODUCED if agreeing < len(runs) or slower or worse else REPRODUCED if clear else IN_DIRECTION,
+        f"In {agreeing} of {len(runs)} runs all processes ended with the same transition step"
+        + (f" (over the seeds {_span(switched, '.0f')})" if len(switched) else "")
+        + ", layouts and weights, bit for bit"
         + (f"; accuracy {found} against one GPU" if found is not None else "")
-        + "".join(f"; {told}" for told in (_sharing(lines), _fewer(most)) if told)
+        + f"; a step takes {_span(cost)} ms longer than on one GPU with its share alone"
+        + f"; a run took {_clock(runs)} by the clock"
+        + (f", by one GPU {_clock(one)}" if len(one) else "")
+        + (f"; not run: {PUBLISHED_GPUS} GPUs" if most < PUBLISHED_GPUS else "")
         + ".",
     )
 
 
-def _sharing(lines: pd.DataFrame) -> str:
-    """Of steps by several processes: what they take beyond the same work alone."""
-    cost = (lines["median_ms"] - lines["share_ms"]).dropna()
-    return f"a step takes {_span(cost)} ms longer than on one GPU with its share alone" if len(cost) else ""
+def _by_one(frames: Frames, name: str) -> pd.DataFrame:
+    """SAT's runs of a whole task by a single process."""
+    runs = where(comparable(training_runs(frames, "accuracy"), name, part=False), attention="sat")
+    return runs[~(_number(runs, "processes") > 1)]
 
 
-def _fewer(most: int) -> str:
-    return f"not run: {PUBLISHED_GPUS} GPUs" if most < PUBLISHED_GPUS else ""
+def _gains(steps: pd.DataFrame) -> str:
+    """Examples a second over one process's, by batch."""
+    gains = [
+        f"{_span(part['processes'] * part['efficiency'])} (batch {batch})" for batch, part in steps.groupby("batch")
+    ]
+    return f"{', '.join(gains)} times the examples a second of one"
+
+
+def _clock(runs: pd.DataFrame) -> str:
+    """From the shortest to the longest run by fast steps; rows of before there were any don't tell."""
+    seconds = _number(where(runs, step="fast"), "wall_seconds").dropna()
+    return f"{_span(seconds, '.0f')} s" if len(seconds) else "an unknown time"
 
 
 # ---- pretrained models -----------------------------------------------------------------------------------------------

@@ -84,7 +84,29 @@ def test_the_table_of_runs_says_where_processes_differ():
 def test_several_gpus_have_to_agree_and_be_as_accurate_as_one(several, word, why):
     found = verdicts.several_gpus(frames(several))
     assert found.verdict == word and why in found.why
-    assert word == NOT_RUN or "2 GPUs: 1.60 to 1.90 times the examples a second of one" in found.ours
+    gains = "2 GPUs: 1.60 (batch 512), 1.90 (batch 1024) times the examples a second of one"
+    assert word == NOT_RUN or gains in found.ours
+
+
+def test_rows_that_do_not_fit_together_are_no_verdict_and_no_error():
+    made = frames(training_rows([42.0, 42.2], processes=4))  # no steps of four
+    assert verdicts.several_gpus(made).verdict == NOT_RUN
+    made["data_parallel"] = made["data_parallel"].query("processes != 1")  # nothing to compare with
+    assert verdicts.several_gpus(made).verdict == NOT_RUN
+    by_two = frames(training_rows([42.0, 42.2, 41.8]))
+    by_two["accuracy"]["processes"] = 2
+    assert "one GPU" not in verdicts.several_gpus(by_two).ours
+
+
+@pytest.mark.parametrize("kept", ["processes == 1", "processes == 2", "sweep == 'step'", "sweep == 'training'"])
+def test_tables_and_panel_take_what_rows_there_are(kept):
+    rows = frames(training_rows([42.0]))["data_parallel"].query(kept)
+    step, training = ((rows["sweep"] == sweep).sum() for sweep in ("step", "training"))
+    assert len(parallel_figures.steps_table(rows)) == 2 * step
+    assert len(parallel_figures.runs_table(rows)) == training
+    assert all(parallel_figures.agree(rows[rows["sweep"] == "training"]))
+    if step:
+        parallel_figures.data_parallel(rows)
 
 
 def test_as_many_gpus_as_the_papers_reproduce_it():
@@ -121,10 +143,24 @@ def test_what_wants_more_gpus_than_there_are_is_left_out_aloud(monkeypatch, tmp_
     monkeypatch.setattr(distributed, "most_processes", lambda device: 2)
     frame = experiments.rows("data_parallel", device="cpu", root=tmp_path)
     assert [case["processes"] for case in measured] == [1, 2]
-    assert "1 of 3 cases want more GPUs than the 2 here, and are left out" in capsys.readouterr().out
+    assert "1 cases are left out: they want more than the 2 GPUs here" in capsys.readouterr().out
     assert (len(frame), frame.attrs["missing"]) == (2, 1)
+    assert len(experiments.rows("data_parallel", device="cpu", root=tmp_path)) == 2 == len(measured)
     experiments.rows("data_parallel", device="cpu", root=tmp_path, only={"processes": 4})
-    assert measured[-1] == {"processes": 4}  # nothing else to do: `distributed.launch` says why not
+    assert measured[-1] == {"processes": 4}  # it was asked for: `distributed.launch` says why not
+
+
+def test_data_that_are_not_there_are_told_before_any_process_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("started"))
+
+    def load(name, **_):
+        raise InputError(f"task {name} is not prepared")
+
+    monkeypatch.setattr(experiments.datasets, "load", load)
+    context = experiments.Context("paper", torch.device("cpu"), tmp_path, "code")
+    case = {"sweep": "training", "processes": 2} | experiments._run_case("cifar10", "sat", 0, "paper")
+    with pytest.raises(InputError, match="task cifar10 is not prepared"):
+        experiments.data_parallel(case, context)
 
 
 def test_a_sweep_refuses_what_starts_its_own_processes(tmp_path):

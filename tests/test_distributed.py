@@ -18,6 +18,8 @@ from sat_lib import distributed, files, runs
 from sat_lib.errors import InputError
 from sat_lib.recipes import run_config
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
@@ -35,6 +37,13 @@ def test_what_processes_say_to_one_another(two):
         assert seen["mean"] == [[1.5], [[1.0, 1.0], [1.0, 1.0]]]
         assert (seen["total"], seen["copied"], seen["gathered"], seen["from_first"]) == ([3], [1], [0, 1], 0)
         assert "batch: wanted a multiple of 2 processes; got 5" in seen["refused"]
+        assert seen["share"] == [3, 3]
+        assert seen["slowest"] >= 20
+
+
+def test_processes_that_differ_take_the_weights_the_test_and_the_pattern_of_the_first(two):
+    first, second = (seen["unlike"] for seen in two[1])
+    assert first == second
 
 
 def test_both_processes_have_one_transition_the_same_layouts_and_the_same_weights(two):
@@ -51,7 +60,7 @@ def test_both_processes_have_one_transition_the_same_layouts_and_the_same_weight
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@TWO_GPUS
 @pytest.mark.parametrize(("step", "precision", "within"), [("plain", "fp32", 0.01), ("fast", "bf16", 0.1)])
 def test_two_gpus_train_what_one_trains(step, precision, within, tmp_path):
     """The published sizes, without dropout; a fast step is a graph with NCCL's kernels in it. Rounding differs, and
@@ -137,6 +146,38 @@ def test_what_a_launched_process_raises_is_told():
     with pytest.raises(ChildFailedError, match="it failed on purpose"):
         distributed.launch(2, torch.device("cpu"), two_processes.fail)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_one_that_fails_ends_those_that_wait_for_it_and_a_trainer_may_outlive_them(where):
+    """On GPUs with graphs alive, which NCCL waits for."""
+    device, config = torch.device(where), tiny_config()
+    if where == "cuda":
+        config = run_config("digits16", "sat", batch=4, steps=20, warm_up=2, switch_at=4, precision="bf16")
+    with pytest.raises(ChildFailedError, match="one of them failed on purpose"):
+        distributed.launch(2, device, two_processes.fail_alone, config)
+    assert distributed.launch(2, device, two_processes.keep, config) == "sparse"
+
+
+def test_what_holds_on_is_released_once_processes_part(monkeypatch):
+    released = []
+
+    class Holding:
+        def release(self):
+            released.append(1)
+
+    holding = Holding()
+    distributed.release_at_the_end(holding)
+    assert not distributed._holding  # alone there is nobody to part from
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: released.append(2))
+    with distributed.joined(torch.device("cpu")):
+        monkeypatch.setattr(distributed, "size", lambda: 2)
+        distributed.release_at_the_end(holding)
+    assert released == [1, 2]
 
 
 def test_an_interrupt_ends_launched_processes():

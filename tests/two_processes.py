@@ -1,15 +1,17 @@
 """What tests/test_distributed.py lets two processes do: functions that each of them calls."""
 
+import os
 import time
 from pathlib import Path
 
 import torch
 from conftest import tiny_config, tiny_splits
 
-from sat_lib import distributed, runs
+from sat_lib import distributed, experiments, runs, timing
 from sat_lib.recipes import RunConfig
 from sat_lib.train import Trainer
 
+KEPT = []
 EXACT = {"model": {"dropout": 0.0}, "switch_at": None, "theta": -1e9, "delta": 20.0}  # the rule decides, see the test
 
 
@@ -56,6 +58,7 @@ def see(device: torch.device, folder: Path) -> list[dict]:
         "exact": outcome(folder / "exact", **EXACT),
         "whole": outcome(folder / "whole"),
     }
+    seen |= {"share": share(device), "slowest": slowest(device), "unlike": unlike(device)}
     outcome(folder / "cut", stop_at=7)
     seen["cut"] = outcome(folder / "cut")
     try:
@@ -63,6 +66,37 @@ def see(device: torch.device, folder: Path) -> list[dict]:
     except Exception as error:
         seen["refused"] = str(error)
     return distributed.gathered(seen)
+
+
+def share(device: torch.device) -> list[int]:
+    """How many examples each process has of a batch that is timed."""
+    case = {"task": "digits16", "kind": "sat, sparse phase", "attention": "sat", "implementation": "kernel"}
+    case |= {"model": {"layers": 1}, "batch": 6, "precision": "fp32", "step": "plain"}
+    _, (tokens, labels) = experiments._step_trainer(case, device)
+    assert len(tokens) == len(labels)
+    return distributed.gathered(len(labels))
+
+
+def slowest(device: torch.device) -> float:
+    """What timing says of a call that takes 1 ms in process 0 and 20 ms in process 1."""
+    return timing.time_rounds(
+        lambda: time.sleep((0.001, 0.02)[distributed.rank()]), device, rounds=2, calls=3
+    ).median_ms
+
+
+def unlike(device: torch.device) -> dict:
+    """Processes that begin with other weights, measure other maps and learn other patterns; what they end with."""
+    trainer = Trainer(tiny_config(seed=distributed.rank(), switch_at=3), tiny_splits(), device)
+    weights = [parameter.sum().item() for parameter in trainer.model.parameters()]
+    measure = trainer.rule.measure
+    trainer.rule.measure = lambda maps: measure(maps) + distributed.rank()
+    skewness = trainer.train_step()["skewness"]
+    with torch.no_grad():
+        for parameter in trainer.model.sparsity_parameters:
+            parameter.weight.add_(torch.randn_like(parameter.weight) * distributed.rank())
+    trainer.enter_sparse_phase(list(trainer.rule.maps))
+    grids = [layout.grid.int().tolist() for layout in trainer.model.layouts]
+    return {"weights": weights, "skewness": skewness, "grids": grids}
 
 
 def train(device: torch.device, config: RunConfig, step: str, folder: Path) -> dict:
@@ -74,6 +108,25 @@ def fail(_device: torch.device) -> None:
     raise ValueError("it failed on purpose")
 
 
+def fail_alone(device: torch.device, config: RunConfig) -> None:
+    """Process 1 fails after some steps, and the others wait for it."""
+    trainer = Trainer(config, tiny_splits(), device)
+    for _ in range(10):
+        trainer.train_step()
+    if distributed.rank() == 1:
+        raise ValueError("one of them failed on purpose")
+    trainer.train_step()
+    distributed.barrier()
+
+
+def keep(device: torch.device, config: RunConfig) -> str:
+    """Ends while a trainer, and on a GPU its graph, is alive."""
+    KEPT.append(Trainer(config, tiny_splits(), device))
+    for _ in range(10):
+        KEPT[0].train_step()
+    return KEPT[0].phase
+
+
 def tell_and_sleep(_device: torch.device) -> None:
-    print(f"rank {distributed.rank()} sleeps", flush=True)
+    os.write(1, f"rank {distributed.rank()} sleeps\n".encode())  # at once: two processes write to one pipe
     time.sleep(120)
