@@ -18,7 +18,7 @@ from sat_lib.__main__ import main
 from sat_lib.errors import InputError
 from sat_lib.sweep import Launch
 
-LONG = 160  # steps of a run that is stopped on its way
+LONG = 400  # steps of a run that is stopped on its way, three times before its end
 
 
 def tiny_case(attention="sat", **changes) -> dict:
