@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from .errors import require
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Sequence | np.ndarray)
 
 
 @contextlib.contextmanager
@@ -170,6 +172,12 @@ def gathered(value: T) -> list[T]:
     values: list[T | None] = [None] * size()
     dist.all_gather_object(values, value)
     return values
+
+
+def share(items: S) -> S:
+    """This process's equal part of an array or a list, whose length the number of processes divides."""
+    part = len(items) // size()
+    return items[rank() * part : (rank() + 1) * part]
 
 
 def copy_first(tensors: Iterable[Tensor]) -> None:

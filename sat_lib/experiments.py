@@ -138,8 +138,8 @@ def ablation_cases(profile: str) -> list[dict]:
 
 def train(case: dict, context: Context) -> dict:
     """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
-    config, folder = case_config(case), run_folder(case, context)
-    data = _data(config)
+    config = case_config(case)
+    data, folder = _data(config), run_folder(case, context)
     result = runs.fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
@@ -261,8 +261,7 @@ def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torc
     trainer = Trainer(config, data, device, case["step"])
     if case["implementation"] == "transformers":
         peers.use_transformers(trainer.model)
-    share = np.array_split(np.arange(case["batch"]), distributed.size())[distributed.rank()]
-    batch = to_device(data.train, share, device)
+    batch = to_device(data.train, distributed.share(np.arange(case["batch"])), device)
     if case["kind"].startswith("sat, sparse phase"):
         trainer.train_step(batch)
         trainer.enter_sparse_phase(list(trainer.rule.maps))
@@ -291,8 +290,8 @@ def data_parallel_cases(profile: str) -> list[dict]:
     smoke = profile == "smoke"
     name, batch, seeds, numbers = ("digits16", 16, 1, (1, 2)) if smoke else ("cifar10", 512, 3, (1, 2, 4))
     changes = {"steps": 60, "warm_up": 6, "eval_every": 20, "switch_at": 20} if smoke else {}
-    same = {"task": name, "attention": "sat", "precision": "fp32" if smoke else "bf16"}
-    same["step"] = "plain" if smoke else "fast"
+    step = {"precision": "fp32", "step": "plain"} if smoke else {"precision": "bf16", "step": "fast"}
+    same = {"task": name, "attention": "sat", **step}
     cases = []
     for processes in numbers:
         batches = {batch // number for number in numbers} if processes == 1 else {batch, batch * processes}
@@ -319,7 +318,8 @@ def _as_one_of_several(device: torch.device, case: dict, context: Context) -> di
 
 def _throughput(case: dict, context: Context) -> dict:
     """Time of whole steps one after another in either phase, by the wall clock, on random tokens."""
-    lengths, result = {"rounds": 3, "calls": 5} if context.device.type == "cpu" else {}, {}
+    lengths = {"rounds": 3, "calls": 5} if context.device.type == "cpu" else {}
+    result = {}
     for phase in ("dense", "sparse"):
         kind = {"kind": f"sat, {phase} phase", "implementation": "kernel", "model": {}}
         trainer, batch = _step_trainer(case | kind, context.device)
@@ -429,7 +429,7 @@ def pattern_cases(profile: str) -> list[dict]:
 def patterns(case: dict, context: Context) -> dict:
     """Train the run, or read it, and compare what patterns keep of its maps; see `comparison.compare_snapshots`."""
     config, steps = case_config(case), tuple(case["snapshots"])
-    data, folder = _data(config), context.training_folder / config.name
+    data, folder = _data(config), run_folder(case, context)
     result = runs.fit(config, data, folder, context.device, snapshots=steps)
     tokens, _ = to_device(data.test, np.arange(case["examples"]), context.device)
     return {

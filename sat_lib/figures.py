@@ -170,14 +170,14 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
                 "mean %": round(percent.mean(), 2),
                 "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
                 "switched at step": f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-",
-                "seconds a run": round(_seconds(part).median()),
+                "seconds a run": round(run_seconds(part).median()),
                 "published mean %": PUBLISHED_ACCURACY.get(attention, {}).get(name),
             }
         )
     return pd.DataFrame(lines).drop(columns=[] if published else "published mean %")
 
 
-def _seconds(rows: pd.DataFrame) -> pd.Series:
+def run_seconds(rows: pd.DataFrame) -> pd.Series:
     """Of whole training runs, fast ones where there are any: by the clock, evaluation and compilers included."""
     fast = rows[rows["step"] == "fast"] if "step" in rows else rows.iloc[:0]
     rows = fast if len(fast) else rows

@@ -190,10 +190,9 @@ class Trainer:
         return record
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        recipe, rank = self.config.recipe, distributed.rank()
+        recipe = self.config.recipe
         indices = batch_indices(len(self.examples), recipe.batch, self.step, recipe.seed)
-        share = recipe.batch // distributed.size()
-        return self.examples.batch(indices[rank * share : (rank + 1) * share])
+        return self.examples.batch(distributed.share(indices))
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.recipe.precision == "bf16")
@@ -256,8 +255,7 @@ class Trainer:
         """
         recipe, config = self.config.recipe, self.config.model
         scores = [parameter() for parameter in self.model.sparsity_parameters]
-        if distributed.size() > 1:
-            scores = [score.to(self.device) for score in distributed.from_first([score.cpu() for score in scores])]
+        distributed.copy_first(scores)
         layouts = [generate_layout(score, recipe.density, config.block) for score in scores]
         self.maps["transition"] = self._pool(mean_maps)
         self.maps["scores"] = torch.stack(scores).float().cpu()

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from . import files, parallel_figures
-from .figures import OPERATIONS, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES
+from .figures import OPERATIONS, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES, run_seconds
 from .model import Encoder, model_config
 from .recipes import PAPER_TASKS, PUBLISHED
 from .tasks import task
@@ -720,7 +720,7 @@ def several_gpus(frames: Frames) -> Verdict:
     most = int(max(both))
     runs, steps = where(runs, processes=most), where(steps, processes=most)
     one = _by_one(frames, runs["task"].iloc[0])
-    several, alone = (100 * _number(some, "test_accuracy") for some in (runs, one))
+    several, alone = percent(runs, "sat"), percent(one, "sat")
     found, agreeing = gap(several, alone), sum(parallel_figures.agree(runs))
     slower = (most * steps["efficiency"] <= 1).any()
     worse = found is not None and found.beyond and found.difference < 0
@@ -760,9 +760,8 @@ def _gains(steps: pd.DataFrame) -> str:
 
 
 def _clock(runs: pd.DataFrame) -> str:
-    """From the shortest to the longest run by fast steps; rows of before there were any don't tell."""
-    seconds = _number(where(runs, step="fast"), "wall_seconds").dropna()
-    return f"{_span(seconds, '.0f')} s" if len(seconds) else "an unknown time"
+    """From the shortest to the longest run."""
+    return f"{_span(run_seconds(runs), '.0f')} s"
 
 
 # ---- pretrained models -----------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_verdicts import STAMP, runs
 
 from sat_lib import distributed, experiments, parallel_figures, verdicts
 from sat_lib.errors import InputError
 from sat_lib.sweep import Launch, sweep
 from sat_lib.verdicts import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 
-STAMP = {"device": "NVIDIA H100", "commit": "0123456789ab", "torch": "2.13.0", "date": "2026-01-01T00:00:00+00:00"}
 MS = {(1, 256): 6.0, (1, 512): 10.0, (2, 512): 6.25, (2, 1024): 10.5}  # of a dense step; a sparse one takes half
 
 
@@ -28,12 +28,8 @@ def step_rows() -> list[dict]:
 def training_rows(percents: list[float], processes: int = 2, differ: bool = False) -> list[dict]:
     outcome = {"transition_step": 200, "layouts": "aa", "weights": "bb"}
     by_process = [outcome] * (processes - 1) + [outcome | ({"weights": "cc"} if differ else {})]
-    run = {"task": "cifar10", "attention": "sat", "model": {}, "recipe": {}, "train_examples": 45_000}
-    run |= {"transition_step": 200.0, "seconds": {"dense": 5.0, "sparse": 25.0}, "wall_seconds": 50.0} | STAMP
-    return [
-        {"seed": seed, "test_accuracy": percent / 100, "by_process": by_process, "processes": processes} | run
-        for seed, percent in enumerate(percents)
-    ]
+    outcomes = {"by_process": by_process, "processes": processes, "wall_seconds": 50.0}
+    return runs("cifar10", {"sat": percents}, **outcomes).to_dict("records")
 
 
 def frames(several: list[dict], one: tuple[float, ...] = (42.0, 42.5, 41.5)) -> dict[str, pd.DataFrame]:
