@@ -29,13 +29,17 @@ def main() -> None:
 
 def layer_operators() -> None:
     """A number of tokens that no tile divides, so that the last is partly empty."""
-    x, attended = torch.randn(1, 37, WIDTH, device="cuda"), torch.randn(1, 37, WIDTH, device="cuda").bfloat16()
+    x, attended = (
+        torch.randn(1, 37, WIDTH, device="cuda", dtype=dtype, requires_grad=True)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     norm, (up, down) = torch.nn.LayerNorm(WIDTH), (torch.nn.Linear(WIDTH, HIDDEN), torch.nn.Linear(HIDDEN, WIDTH))
     square = torch.nn.Linear(WIDTH, WIDTH)
     torch.nn.ModuleList([norm, up, down, square]).to("cuda")
     with_gradients(lambda x: sum(part.float() for part in before_attention(x, norm, (square,) * 3)), (x,))
     with_gradients(lambda x, a: after_attention(x, a, square, norm, up, down, 0.1), (x, attended))
-    tokens, table = torch.randint(0, 300, (37,), device="cuda"), torch.randn(300, WIDTH, device="cuda")
+    tokens = torch.randint(0, 300, (37,), device="cuda")
+    table = torch.randn(300, WIDTH, device="cuda", requires_grad=True)
     with_gradients(lambda table: embedding(tokens, table), (table,))
 
 
