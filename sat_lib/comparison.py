@@ -20,7 +20,7 @@ from . import runs
 from .errors import InputError, require
 from .layout import BlockLayout
 from .model import Encoder, SelfAttention
-from .pattern import bigbird_layout, generate_layout, mass_kept, overlap, random_layout
+from .pattern import bigbird_layout, generate_layout, mass_kept, nearness, overlap, random_layout
 from .reference import attention_map, pool_blocks
 
 PATTERNS = ("learned", "best", "window", "bigbird", "random", "in use")
@@ -136,13 +136,6 @@ def resize_scores(scores: Tensor, trained: int, block: int, length: int) -> tupl
         repeated = scores.repeat_interleave(times, 0).repeat_interleave(times, 1)
         return repeated[:blocks, :blocks], f"trained blocks of {trained}, repeated"
     return None, f"blocks of {block} neither divide the trained {trained} nor are a multiple of it"
-
-
-def nearness(blocks: int) -> Tensor:
-    """(N, N) scores that fall with the distance from the diagonal; among equals the rows come in a scattered order."""
-    place = torch.arange(blocks)
-    spread = (place * 0.6180339887498949) % 1  # neighbouring rows come far apart
-    return -(place[:, None] - place).abs().double() - spread[:, None] / 2
 
 
 def _bigbird(blocks: int, block: int, seed: int, layer: int) -> Choice:

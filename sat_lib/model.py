@@ -15,7 +15,7 @@ from .layer_ops import after_attention, before_attention, check_fusable, embed, 
 from .layout import BlockLayout
 from .ops import IMPLEMENTATION, attention_statistics
 from .pattern import SparsityParameter, freeze
-from .reference import PRUNED_RULES, AttentionStatistics, sparse_statistics
+from .reference import PRUNED_RULES, AttentionStatistics, block_correlation, sparse_statistics
 from .tasks import task
 
 LAYERS = {"image": 2, "text": 4, "symbols": 4}
@@ -26,7 +26,9 @@ class ModelConfig:
     """Sizes and choices of one model.
 
     `attention` names an entry of `attention.ATTENTION`. For "sat", `sparsity_width` is the width of W^P: "head" (d,
-    released; the published parameter counts need it) or "embedding" (D, paper). `block` is BigBird's and LSG's too;
+    released; the published parameter counts need it) or "embedding" (D, paper); `sparsity_init` an entry of
+    `pattern.INITIALISATIONS`; `sparsity_target` what W^P is trained to foretell: "attention", the pooled map, or
+    "correlation" (see `reference.block_correlation`). `block` is BigBird's and LSG's too;
     `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are Longformer's,
     `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three is "kernel"
     or "library" (see `baselines`).
@@ -46,6 +48,7 @@ class ModelConfig:
     pruned: str = "zero"
     sparsity_width: str = "head"
     sparsity_init: str = "released"
+    sparsity_target: str = "attention"
     window: int = 64
     dilation: int | tuple[int, ...] = 1
     global_token: bool = False
@@ -68,6 +71,10 @@ class ModelConfig:
         require(
             self.sparsity_width in ("head", "embedding"),
             f"sparsity_width: wanted 'head' or 'embedding'; got {self.sparsity_width!r}",
+        )
+        require(
+            self.sparsity_target in ("attention", "correlation"),
+            f"sparsity_target: wanted 'attention' or 'correlation'; got {self.sparsity_target!r}",
         )
         require(
             self.implementation in (IMPLEMENTATIONS if self.attention in BASELINES else ("kernel",)),
@@ -147,7 +154,9 @@ class SelfAttention(nn.Module):
         self.sparsity = None
         if config.attention == "sat":
             width = config.width // config.heads if config.sparsity_width == "head" else config.width
-            self.sparsity = SparsityParameter(config.blocks, width, config.sparsity_init)
+            calibrated = config.sparsity_init == "calibrated" and config.sparsity_target == "attention"
+            scale = config.length if calibrated else 1.0  # a correlation is of the order of 1 as it is
+            self.sparsity = SparsityParameter(config.blocks, width, config.sparsity_init, scale)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, width) -> q, k, v, each (B, H, L, d)."""
@@ -175,14 +184,18 @@ class SelfAttention(nn.Module):
         if self.layout is not None:
             more["layout"] = self.layout
         out = self.attend(*qkv, key_padding_mask=mask, **more)
-        seen = self.statistics(*qkv[:2], mask) if statistics else None
+        seen = self.statistics(*qkv, mask) if statistics else None
         return out.transpose(1, 2).flatten(2), seen
 
-    def statistics(self, q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionStatistics:
-        """Batch-and-head mean of `A^s` in the dense phase, of `S^s` in the sparse phase."""
-        if self.layout is None:
-            return attention_statistics(q, k, self.config.block, key_padding_mask=mask)
-        return sparse_statistics(q, k, self.layout, key_padding_mask=mask, pruned=self.config.pruned)
+    def statistics(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionStatistics:
+        """Batch-and-head mean of `A^s` in the dense phase, of `S^s` in the sparse phase; correlations if wanted."""
+        block = self.config.block
+        if self.layout is not None:
+            return sparse_statistics(q, k, self.layout, key_padding_mask=mask, pruned=self.config.pruned)
+        seen = attention_statistics(q, k, block, key_padding_mask=mask)
+        if self.config.sparsity_target == "correlation":
+            return seen._replace(correlation=block_correlation(v, block, mask))
+        return seen
 
 
 class Layer(nn.Module):

@@ -326,7 +326,8 @@ def _sparse_softmax_backward(grad, weights, lists, block, heads, keys):
 
 
 def _attention_statistics(q, k, mask, block, scale):
-    return tuple(reference.attention_statistics(q, k, block, key_padding_mask=mask, scale=scale))
+    mean_map, pooled, _ = reference.attention_statistics(q, k, block, key_padding_mask=mask, scale=scale)
+    return mean_map, pooled
 
 
 # Shapes, dtypes and strides alone, for torch.compile.

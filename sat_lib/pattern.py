@@ -1,16 +1,28 @@
 """Rules that yield layouts: R~ = W^P (W^P)^T with its loss and generator, static patterns; and diagnostics."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .errors import require
 from .layout import BlockLayout
 
-INITIALISATIONS = {
+
+def _calibrated(weight: Tensor) -> Tensor:
+    """Every entry of R~ starts near 1, with differences from which the rows of W^P can part.
+
+    Entries of W^P are 1 / sqrt(width): for a head size of 32, 0.18, which Adam covers in the published warm-up.
+    """
+    return nn.init.normal_(weight, 1.0, 0.1).div_(weight.shape[1] ** 0.5)
+
+
+INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "released": lambda weight: nn.init.uniform_(weight, 0.0, 1.0),  # R~ starts near width / 4, far above its target
+    "calibrated": _calibrated,
 }
 
 
@@ -20,17 +32,21 @@ class SparsityParameter(nn.Module):
     Args:
         blocks: N, block rows (and columns) of the attention map.
         width: columns of W^P; the head size d in the released code, the embedding size D in the paper.
-        init: name in `INITIALISATIONS`. "released" draws uniformly from [0, 1).
+        init: name in `INITIALISATIONS`. "released" draws uniformly from [0, 1), "calibrated" starts R~ near 1.
+        scale: what the target is multiplied by. Each row of the attention map sums to 1, so that the mean of the
+            pooled map is 1 / L in every task, and with L as scale it is where "calibrated" starts.
 
     Calling it returns R~ = W^P (W^P)^T, (N, N), symmetric to the last bit and in full precision under autocast too:
     its entries differ by less than bfloat16 can tell.
     """
 
-    def __init__(self, blocks: int, width: int, init: str = "released"):
+    def __init__(self, blocks: int, width: int, init: str = "released", scale: float = 1.0):
         super().__init__()
         require(init in INITIALISATIONS, f"init: wanted one of {sorted(INITIALISATIONS)}; got {init!r}")
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(blocks, width))
-        INITIALISATIONS[init](self.weight)
+        with torch.no_grad():
+            INITIALISATIONS[init](self.weight)
 
     def forward(self) -> Tensor:
         with torch.autocast(self.weight.device.type, enabled=False):
@@ -42,13 +58,13 @@ LOSS_WEIGHT = 0.01  # per layer, of the sparsity losses beside the task loss, as
 
 
 def sparsity_loss(parameter: SparsityParameter, pooled: Tensor) -> Tensor:
-    """Mean square of R_n - R~_n over the N x N blocks; the gradient reaches W^P only.
+    """Mean square of R_n x scale - R~_n over the N x N blocks; the gradient reaches W^P only.
 
     `pooled` (N, N) is the batch-and-head mean of the pooled map. The published loss averages the square over batch
     and heads; the two differ by the variance of R_n over batch and heads, which no parameter here can change, so
     the gradients are the same.
     """
-    return F.mse_loss(parameter(), pooled.detach())
+    return F.mse_loss(parameter(), pooled.detach() * parameter.scale)
 
 
 def model_sparsity_loss(parameters: Iterable[SparsityParameter], pooled: Iterable[Tensor]) -> Tensor:
@@ -77,28 +93,74 @@ def freeze(
 
 
 @torch.no_grad()
-def generate_layout(scores: Tensor, density: float, block: int) -> BlockLayout:
-    """The sparsity pattern generator: keeps the int(N^2 x density) largest entries of `scores` (R, C), as released.
+def generate_layout(scores: Tensor, density: float, block: int, budget: str = "blocks") -> BlockLayout:
+    """The sparsity pattern generator: keeps int(N^2 x density) blocks of high score.
+
+    Args:
+        scores: (R, C), one pattern for all heads; or (H, R, C), one for each: a head is dealt blocks that no head
+            before it has, as long as there are any.
+        budget: name in `BUDGETS`. "blocks", as released: the largest scores, wherever they are; no row is guaranteed a
+            block. "rows": the largest of each row, so many from all of them. "balanced": so many from each row and from
+            each column, together the highest sum; needs as many rows as columns.
 
     Ties go to the entry that comes first row by row, so that the same scores give the same layout on every device:
-    R~ is symmetric, and where the count is odd one of two mirror entries is left out. No row is guaranteed a block.
+    R~ is symmetric, and where the count is odd one of two mirror entries is left out.
 
     Raises:
         InputError: scores are not finite, density is outside (0, 1], or so small that no block is kept.
     """
-    require(scores.dim() == 2, f"scores: wanted (block rows, block columns); got {tuple(scores.shape)}")
+    require(scores.dim() in (2, 3), f"scores: wanted ([heads,] block rows, block columns); got {tuple(scores.shape)}")
     require(bool(scores.isfinite().all()), "scores: wanted finite numbers; got NaN or infinity. Did training diverge?")
     require(0 < density <= 1, f"density: wanted more than 0 and at most 1; got {density}")
-    kept = int(scores.numel() * density)
+    require(budget in BUDGETS, f"budget: wanted one of {sorted(BUDGETS)}; got {budget!r}")
+    *_, rows, columns = scores.shape
+    square = rows == columns or budget != "balanced"
+    require(square, f"budget: 'balanced' wants as many block rows as columns; got {rows} x {columns}")
+    kept = int(rows * columns * density)
     require(
         kept > 0,
-        f"density: {density} of {scores.numel()} blocks keeps none; wanted at least {1 / scores.numel():.3g}. "
+        f"density: {density} of {rows * columns} blocks keeps none; wanted at least {1 / (rows * columns):.3g}. "
         "Raise the density or lower the block size",
     )
-    order = scores.flatten().sort(descending=True, stable=True).indices
-    grid = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    grid[order[:kept]] = True
-    return BlockLayout(grid.view_as(scores), block)
+    values = scores.reshape(-1, rows, columns).double().cpu().numpy()
+    grid, dealt = np.zeros(values.shape, bool), np.zeros((rows, columns), bool)
+    for head, own in enumerate(values):
+        grid[head] = BUDGETS[budget](_behind(own, dealt), kept)
+        dealt |= grid[head]
+    return BlockLayout(torch.from_numpy(grid).view(scores.shape).to(scores.device), block)
+
+
+def _behind(scores: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Scores in which what is taken comes behind all others, in its own order, whatever else a sum of rows gains."""
+    return np.where(taken, scores - (1 + np.ptp(scores)) * (1 + len(scores)), scores)
+
+
+def _largest(scores: np.ndarray, kept: int) -> np.ndarray:
+    grid = np.zeros(scores.size, bool)
+    grid[np.argsort(-scores, axis=None, kind="stable")[:kept]] = True
+    return grid.reshape(scores.shape)
+
+
+def _in_rounds(choose: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, int], np.ndarray]:
+    """A budget that takes a block of every row in each round, the columns by `choose`; in the last the best of them."""
+
+    def take(scores: np.ndarray, kept: int) -> np.ndarray:
+        grid, rows = np.zeros(scores.shape, bool), np.arange(len(scores))
+        while kept > 0:
+            columns = choose(_behind(scores, grid))
+            best = np.argsort(-scores[rows, columns], kind="stable")[:kept]
+            grid[rows[best], columns[best]] = True
+            kept -= len(best)
+        return grid
+
+    return take
+
+
+BUDGETS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "blocks": _largest,
+    "rows": _in_rounds(lambda scores: scores.argmax(1)),
+    "balanced": _in_rounds(lambda scores: linear_sum_assignment(scores, maximize=True)[1]),
+}
 
 
 # ---- static patterns: layouts for study, and of the baselines --------------------------------------------------------
@@ -108,6 +170,13 @@ def random_layout(rows: int, columns: int, density: float, block: int, seed: int
     """int(rows x columns x density) blocks drawn without replacement: the control for every learned layout."""
     scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))
     return generate_layout(scores, density, block)
+
+
+def nearness(blocks: int) -> Tensor:
+    """(N, N) scores that fall with the distance from the diagonal; among equals the rows come in a scattered order."""
+    place = torch.arange(blocks)
+    spread = (place * 0.6180339887498949) % 1  # neighbouring rows come far apart
+    return -_distances(blocks).double() - spread[:, None] / 2
 
 
 def window_layout(blocks: int, reach: int, block: int) -> BlockLayout:
@@ -185,3 +254,37 @@ def mass_kept(mean_map: Tensor, layout: BlockLayout) -> float:
 def overlap(layout: BlockLayout, other: BlockLayout) -> float:
     """Share of `layout`'s blocks that `other` keeps too, 0 to 1."""
     return float((layout.grid & other.grid).sum() / layout.kept_blocks)
+
+
+def diagnose(scores: Tensor, pooled: Tensor, density: float) -> dict[str, float]:
+    """What R~ has learnt of a pooled map, both (N, N), and what its largest entries would keep.
+
+    Returns:
+        correlation: of all entries of R~ with those of the map. scale: mean of R~ / mean of the map. mass_kept: share
+        of the map in the blocks of the largest scores. best_mass: in as many blocks that hold most. form_mass: in
+        those that the nearest map which W^P (W^P)^T can be would choose: symmetric, without negative eigenvalues.
+        overlap: of the first blocks with the second. diagonal: share of the chosen blocks on the diagonal.
+        empty_rows: block rows without a block.
+    """
+    scores, pooled = scores.double().cpu(), pooled.double().cpu()
+    chosen, best, formed = (generate_layout(x, density, 1) for x in (scores, pooled, nearest_form(pooled)))
+    pair = torch.stack([scores.flatten(), pooled.flatten()])
+    return {
+        "correlation": float(torch.corrcoef(pair)[0, 1]),
+        "scale": float(scores.mean() / pooled.mean()),
+        "mass_kept": mass_kept(pooled, chosen),
+        "best_mass": mass_kept(pooled, best),
+        "form_mass": mass_kept(pooled, formed),
+        "overlap": overlap(chosen, best),
+        "diagonal": float(chosen.grid.diagonal().sum() / chosen.kept_blocks),
+        "empty_rows": int((~chosen.grid.any(-1)).sum()),
+    }
+
+
+def nearest_form(target: Tensor) -> Tensor:
+    """The symmetric matrix without negative eigenvalues that is nearest to `target` (N, N) by the sum of squares.
+
+    Source: Higham 1988, "Computing a nearest symmetric positive semidefinite matrix", theorem 2.1.
+    """
+    values, vectors = torch.linalg.eigh((target + target.T).double() / 2)
+    return (vectors * values.clamp(min=0)) @ vectors.T

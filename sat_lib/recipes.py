@@ -7,10 +7,15 @@ from .datasets import PROTOCOLS
 from .errors import require
 from .files import digest
 from .model import ModelConfig, model_config
+from .pattern import BUDGETS
+from .signals import SIGNALS
 from .tasks import task
 
-PRESETS = ("released", "continued")
+PRESETS = ("released", "continued", "best")
+STATIC_PATTERNS = ("near", "random")
+PATTERNS = ("learned", *STATIC_PATTERNS, *SIGNALS)
 PRECISIONS = ("fp32", "bf16")
+PROBE_EXAMPLES = 256
 PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 
 
@@ -20,7 +25,14 @@ class Recipe:
 
     `schedule_after` says what the learning rate does after the transition: "constant" (released: a fresh AdamW at
     half the peak rate, its schedule left behind) or "continued" (half the peak rate, the OneCycle schedule going on).
-    `switch_at` forces the transition at the end of that step, whatever the test says; None leaves it to the test.
+    `switch_at` forces the transition at the end of that step, whatever the test says; None leaves it to `switch_rule`:
+    "stable" is the published test with `theta` and `delta`; "overfit" switches in the step after the first evaluation
+    whose dev loss is above that of the evaluation before.
+    `pattern` says what the generator is given at the transition: "learned", R~; "near", nearness to the diagonal;
+    "random" scores; or a name in `signals.SIGNALS`, measured on `PROBE_EXAMPLES` training examples. `pattern_budget` is
+    the generator's, see `pattern.generate_layout`; `pattern_heads` "shared" (one pattern a layer) or "own" (one a
+    head, of blocks that no other head has). `pattern_refresh` makes new layouts every so many steps of the sparse
+    phase; for patterns that can differ by then, all but "learned" and "near".
     `protocol` names the splits, see `datasets.load`; "published" also drops the last incomplete test batch.
     """
 
@@ -37,6 +49,11 @@ class Recipe:
     precision: str = "bf16"
     protocol: str = "dev"
     switch_at: int | None = None
+    switch_rule: str = "stable"
+    pattern: str = "learned"
+    pattern_budget: str = "blocks"
+    pattern_heads: str = "shared"
+    pattern_refresh: int | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -51,9 +68,19 @@ class Recipe:
             "schedule_after": ("constant", "continued"),
             "precision": PRECISIONS,
             "protocol": PROTOCOLS,
+            "switch_rule": ("stable", "overfit"),
+            "pattern": PATTERNS,
+            "pattern_budget": tuple(BUDGETS),
+            "pattern_heads": ("shared", "own"),
         }.items():
             value = getattr(self, name)
             require(value in allowed, f"{name}: wanted one of {allowed}; got {value!r}")
+        every, lasting = self.pattern_refresh, self.pattern in ("learned", "near")
+        require(
+            every is None or (every >= 1 and not lasting),
+            f"pattern_refresh: wanted None, or 1 or more steps and a pattern that changes; got {every} for "
+            f"{self.pattern!r}",
+        )
 
 
 # The first four are the paper's. imdb takes Yelp's numbers, the other set of reviews. The embedded tasks are ours,
@@ -101,7 +128,8 @@ def run_config(
 
     Args:
         attention: name in `attention.ATTENTION`.
-        preset: "released", or "continued" in which the schedule goes on after the transition.
+        preset: "released"; "continued", in which the schedule goes on after the transition; or "best", see
+            `best_settings`.
         model: changes to the model's fields; `changes`: to the recipe's fields (seed, steps, ...).
 
     Raises:
@@ -112,9 +140,47 @@ def run_config(
     for given, known in ((changes, Recipe), (model or {}, ModelConfig)):
         unknown = sorted(set(given) - set(known.__dataclass_fields__))
         require(not unknown, f"unknown setting {unknown}; known: {sorted(known.__dataclass_fields__)}")
-    if preset == "continued":
+    if preset != "released":
         changes = {"schedule_after": "continued"} | changes
+    if preset == "best":
+        require(attention == "sat", f"preset: 'best' is for the attention 'sat'; got {attention!r}")
+        blocks = model_config(task_name, **(model or {})).blocks
+        best = best_settings(blocks)
+        model, changes = best["model"] | (model or {}), best["recipe"] | changes
     return RunConfig(model_config(task_name, attention=attention, **(model or {})), replace(base, **changes))
+
+
+def best_settings(blocks: int) -> dict[str, dict]:
+    """What the preset "best" changes of a task's model and recipe, for N block rows; the ablations led to it.
+
+    W^P learns which blocks' contents go together, every head keeps one block of each row and column, pruned entries
+    drop out of the softmax, the switch comes when the dense phase begins to overfit, and the schedule goes on.
+    """
+    return {
+        "model": {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"},
+        "recipe": {
+            "density": 1 / blocks,
+            "pattern_budget": "balanced",
+            "pattern_heads": "own",
+            "switch_rule": "overfit",
+            "schedule_after": "continued",
+        },
+    }
+
+
+def dense_phase(config: RunConfig) -> RunConfig:
+    """The run that never leaves the dense phase, and until `config` does takes the very same steps.
+
+    Two configurations with the same one differ in nothing before their transition. What W^P learns is left out where
+    it isn't what the pattern comes from: the model doesn't depend on it.
+    """
+    published = PUBLISHED[config.recipe.task]
+    late = ("density", "theta", "delta", "schedule_after", "switch_rule")
+    late += ("pattern", "pattern_budget", "pattern_heads", "pattern_refresh")
+    recipe = replace(config.recipe, switch_at=config.recipe.steps, **{name: getattr(published, name) for name in late})
+    learnt = ("pruned",) if config.recipe.pattern == "learned" else ("pruned", "sparsity_init", "sparsity_target")
+    defaults = {name: ModelConfig.__dataclass_fields__[name].default for name in learnt}
+    return RunConfig(replace(config.model, **defaults), recipe)
 
 
 def config_from_dict(values: dict) -> RunConfig:

@@ -294,6 +294,7 @@ class AttentionStatistics(NamedTuple):
 
     mean_map: Tensor  # (Lq, Lk), mean of A^s
     pooled: Tensor  # (R, C), its average over blocks
+    correlation: Tensor | None = None  # (N, N), see `block_correlation`; where W^P is trained to foretell it
 
 
 def attention_map(q: Tensor, k: Tensor, key_padding_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -347,6 +348,27 @@ def sparse_statistics(
     grid.index_put_((rows, columns), blocks, accumulate=True)
     mean_map = grid.transpose(1, 2).flatten(2).flatten(0, 1)[:queries, :keys]
     return AttentionStatistics(mean_map, pool_blocks(mean_map, layout.block))
+
+
+@torch.no_grad()
+def block_correlation(v: Tensor, block: int, key_padding_mask: Tensor | None = None) -> Tensor:
+    """Correlation of the blocks' mean values over the batch, (N, N) float32: symmetric, no negative eigenvalues.
+
+    v is (B, H, L, d), padding tokens counted as zeros; covariances are summed over heads and head size before they are
+    divided. A block that is the same in all examples, such as one that is always padding, has no correlation: 0.
+    """
+    values = v.float()
+    if key_padding_mask is not None:
+        values = values * key_padding_mask[:, None, :, None]
+    means = F.avg_pool1d(values.transpose(2, 3).flatten(0, 1), block, ceil_mode=True)  # (B * H, d, N)
+    means = means.reshape(len(v), -1, means.shape[-1])
+    means = (means - means.mean(0)).flatten(0, 1)  # (B * H * d, N)
+    with torch.autocast(v.device.type, enabled=False):
+        covariance = means.T @ means
+    deviation = covariance.diagonal().sqrt()
+    varies = deviation > 1e-6 * deviation.max()
+    scale = torch.where(varies, 1 / deviation.where(varies, 1), 0)
+    return (covariance + covariance.T) / 2 * (scale * scale[:, None])
 
 
 def pool_blocks(mean_map: Tensor, block: int) -> Tensor:

@@ -4,6 +4,8 @@
     last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
     step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same
     result.json      written last: the run is finished
+
+Runs that are forced to switch, and are alike until then, may share their dense phase: see `fit`, `shared`.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -24,7 +27,7 @@ from .datasets import Splits
 from .errors import InputError, require
 from .layout import BlockLayout
 from .model import Encoder
-from .recipes import RunConfig, config_from_dict
+from .recipes import RunConfig, config_from_dict, dense_phase
 from .train import Trainer, batch_indices, check_same_config
 
 CHECKPOINT_SECONDS = 30
@@ -45,6 +48,7 @@ def fit(
     stop_at: int | None = None,
     snapshots: tuple[int, ...] = (),
     step: str = "auto",
+    shared: Path | None = None,
 ) -> dict | None:
     """Train to the end, or go on where an earlier process stopped; a finished run is read, not repeated.
 
@@ -55,6 +59,9 @@ def fit(
         folder: the run's own folder, made if need be. stop_at: save and return None at this step. snapshots: keep the
             model as it is after so many steps (0: before the first) in files of their own, see `snapshot_path`.
         step: "auto", "fast" or "plain", see `train.Trainer`.
+        shared: a folder of dense phases. A run that is forced to switch (`switch_at`) begins where another with the
+            same dense phase was before the step of its transition, and the first such run leaves that there. It ends
+            as it would by itself, random numbers included; its seconds count the shared steps too. For one process.
 
     Returns:
         The content of result.json.
@@ -80,6 +87,9 @@ def fit(
         if result is not None:
             _check_snapshots(folder, snapshots)
             return result
+        forced = config.recipe.switch_at is not None and config.recipe.switch_at < config.recipe.steps
+        if shared is not None and forced and not (folder / "last.pt").exists():
+            _begin_with_shared(config, data, folder, device, step, shared)
         run = _Run(config, data, folder, device, step)
         _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
         bar = stack.enter_context(tqdm(**run.bar_settings(progress and distributed.rank() == 0)))
@@ -93,6 +103,30 @@ def fit(
         if config.recipe.steps in snapshots:
             run.save_model(snapshot_path(folder, config.recipe.steps))
         return run.finish()
+
+
+def _begin_with_shared(
+    config: RunConfig, data: Splits, folder: Path, device: torch.device, step: str, shared: Path
+) -> None:
+    """Put the checkpoint before the transition into a run's folder, with the metrics and best model until then."""
+    require(distributed.size() == 1, f"shared: dense phases are shared by runs of one process; got {distributed.size()}")
+    dense = dense_phase(config)
+    phases, at = Path(shared) / dense.name, config.recipe.switch_at
+    source = phases / f"before-{at:06}"
+    with files.lock(phases / "lock", f"training in {phases}", wait=True, quiet=True):
+        if not source.exists():
+            work, earlier = phases / "work", [path for path in phases.glob("before-*") if path.name < source.name]
+            shutil.rmtree(work, ignore_errors=True)
+            if earlier:
+                shutil.copytree(max(earlier), work)
+            fit(dense, data, work, device, progress=False, stop_at=at, step=step)
+            work.rename(source)
+    for name in ("metrics.jsonl", "best-dense.pt"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    state = load_checkpoint(source / "last.pt", torch.device("cpu"))
+    state["trainer"]["config"] = config.as_dict()
+    save_checkpoint(folder / "last.pt", state)  # last: it says that the others are there
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -193,6 +227,7 @@ class _Run:
     def evaluate(self) -> None:
         """Dev accuracy; the best of each phase is kept with the layouts it was reached under."""
         score, trainer = self.trainer.evaluate(self.data.dev), self.trainer
+        trainer.note_dev_loss(score.loss)
         record = {"step": trainer.step, "phase": trainer.phase, "dev_accuracy": score.accuracy, "dev_loss": score.loss}
         self._write_metrics([record])
         if score.accuracy > self.best.get(trainer.phase, {"dev_accuracy": -1})["dev_accuracy"]:

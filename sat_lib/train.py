@@ -15,9 +15,10 @@ from .datasets import Split, Splits
 from .errors import InputError, require
 from .layout import BlockLayout
 from .model import Encoder
-from .pattern import LOSS_WEIGHT, generate_layout, model_sparsity_loss
-from .recipes import RunConfig, config_from_dict
+from .pattern import LOSS_WEIGHT, generate_layout, model_sparsity_loss, nearness
+from .recipes import PROBE_EXAMPLES, RunConfig, config_from_dict
 from .reference import pool_blocks
+from .signals import block_signal
 from .transition import TransitionRule
 
 STEPS = ("auto", "fast", "plain")
@@ -109,6 +110,8 @@ class Trainer:
         self.rule = TransitionRule(recipe.theta, recipe.delta)
         self.step = 0
         self.transition_step: int | None = None
+        self.dev_loss: float | None = None  # of the last evaluation in the dense phase
+        self.overfitting = False
         self.maps: dict[str, Tensor] = {}  # what the transition saw: see `enter_sparse_phase`
         self._new_optimiser(recipe.rate, scheduled=True)
         self._new_phase()
@@ -186,6 +189,9 @@ class Trainer:
         if learning:
             record["sparsity_loss"] = seen.sparsity_loss
             record |= self._test_transition(measured.values(), seen.mean_maps)
+        elif self._refresh_is_due():
+            self.model.enter_sparse_phase(self._generate_layouts()[1])
+            self._new_phase()
         self.step += 1
         return record
 
@@ -206,7 +212,8 @@ class Trainer:
         if not self.learning:
             loss.backward()
             return Gradients(self._share_gradients(loss))
-        maps, pooled = ([getattr(seen, name) for seen in output.statistics] for name in ("mean_map", "pooled"))
+        wanted = "pooled" if self.config.model.sparsity_target == "attention" else "correlation"
+        maps, pooled = ([getattr(seen, name) for seen in output.statistics] for name in ("mean_map", wanted))
         means = distributed.mean([*maps, *pooled])
         sparsity_loss = model_sparsity_loss(self.model.sparsity_parameters, means[len(maps) :])
         (loss + LOSS_WEIGHT * self.config.model.layers * sparsity_loss).backward()
@@ -233,9 +240,10 @@ class Trainer:
     def _test_transition(self, measured: list, mean_maps: Sequence[Tensor]) -> dict:
         if self.step == 0:
             self.maps["start"] = self._pool(mean_maps)
-        switch, tests = self.rule.judge(measured)
-        forced = self.config.recipe.switch_at
-        if switch if forced is None else self.step >= forced:
+        stable, tests = self.rule.judge(measured)
+        recipe = self.config.recipe
+        switch = stable if recipe.switch_rule == "stable" else self.overfitting
+        if switch if recipe.switch_at is None else self.step >= recipe.switch_at:
             self.enter_sparse_phase(mean_maps)
         return {
             "skewness": [test.skewness for test in tests],
@@ -246,19 +254,51 @@ class Trainer:
     def _pool(self, mean_maps: Sequence[Tensor]) -> Tensor:
         return torch.stack([pool_blocks(mean_map, self.config.model.block).float().cpu() for mean_map in mean_maps])
 
+    def note_dev_loss(self, loss: float) -> None:
+        """Take an evaluation on the dev split, for the rule "overfit"."""
+        if self.learning:
+            self.overfitting = self.overfitting or (self.dev_loss is not None and loss > self.dev_loss)
+            self.dev_loss = loss
+
+    def _refresh_is_due(self) -> bool:
+        every = self.config.recipe.pattern_refresh
+        sparse = self.phase == "sparse" and every is not None
+        return sparse and (self.step - self.transition_step) % every == 0 and self.step + 1 < self.config.recipe.steps
+
+    def block_scores(self) -> Tensor:
+        """What the recipe's pattern gives to the generator: (layers, N, N), or (layers, H, N, N) of a signal."""
+        recipe, config = self.config.recipe, self.config.model
+        if recipe.pattern == "learned":
+            return torch.stack([parameter().detach() for parameter in self.model.sparsity_parameters])
+        if recipe.pattern == "near":
+            return nearness(config.blocks).float().expand(config.layers, -1, -1)
+        generator = np.random.default_rng([recipe.seed, self.step])
+        if recipe.pattern == "random":
+            return torch.from_numpy(generator.random((config.layers, config.blocks, config.blocks), np.float32))
+        chosen = generator.choice(len(self.examples), min(PROBE_EXAMPLES, len(self.examples)), replace=False)
+        return block_signal(self.model, recipe.pattern, *self.examples.batch(chosen), seed=recipe.seed)
+
+    def _generate_layouts(self) -> tuple[Tensor, list[BlockLayout]]:
+        """Scores, and a layout for each layer, the same in all processes."""
+        recipe, config = self.config.recipe, self.config.model
+        scores = self.block_scores().to(self.device).contiguous()
+        distributed.copy_first([scores])
+        of_heads = scores if scores.dim() == 4 else scores[:, None].expand(-1, config.heads, -1, -1)
+        used = of_heads if recipe.pattern_heads == "own" else of_heads.mean(1)
+        make = lambda score: generate_layout(score, recipe.density, config.block, recipe.pattern_budget)
+        return scores, [make(score) for score in used]
+
     @torch.no_grad()
     def enter_sparse_phase(self, mean_maps: Sequence[Tensor]) -> None:
-        """Generate the layouts from W^P, freeze it, and go on with a fresh AdamW at half the peak rate.
+        """Generate the layouts, freeze W^P, and go on with a fresh AdamW at half the peak rate.
 
-        Keeps in `maps`, all (layers, N, N) on the CPU: "transition" (the pooled maps now), "scores" (R~), "kept"
-        (the block grids).
+        Keeps in `maps` on the CPU: "transition" (the pooled maps now, (layers, N, N)), "scores" (R~, or those of
+        another pattern), "kept" (the block grids, by head where heads have their own).
         """
-        recipe, config = self.config.recipe, self.config.model
-        scores = [parameter() for parameter in self.model.sparsity_parameters]
-        distributed.copy_first(scores)
-        layouts = [generate_layout(score, recipe.density, config.block) for score in scores]
+        recipe = self.config.recipe
+        scores, layouts = self._generate_layouts()
         self.maps["transition"] = self._pool(mean_maps)
-        self.maps["scores"] = torch.stack(scores).float().cpu()
+        self.maps["scores"] = scores.float().cpu()
         self.maps["kept"] = torch.stack([layout.grid for layout in layouts]).cpu()
         self.transition_step = self.step
         self.rule = TransitionRule(recipe.theta, recipe.delta)  # done; its maps needn't go into every checkpoint
@@ -304,6 +344,8 @@ class Trainer:
             "config": self.config.as_dict(),
             "step": self.step,
             "transition_step": self.transition_step,
+            "dev_loss": self.dev_loss,
+            "overfitting": self.overfitting,
             "model": self.model.state_dict(),
             "grids": None if layouts is None else [layout.grid for layout in layouts],
             "optimiser": self.optimiser.state_dict(),
@@ -327,7 +369,7 @@ class Trainer:
         """
         check_same_config(state["config"], self.config)
         require(
-            isinstance(state["rng"], list),
+            isinstance(state["rng"], list) and "dev_loss" in state,
             "checkpoint: an earlier version of sat_lib wrote it. Finish that run with that version, or delete it",
         )
         require(
@@ -335,6 +377,7 @@ class Trainer:
             "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
         )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
+        self.dev_loss, self.overfitting = state["dev_loss"], state["overfitting"]
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
         self.model.load_state_dict(state["model"])

@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_splits
 from sat_lib import comparison, pattern_figures, runs
 from sat_lib.errors import InputError
 from sat_lib.model import Encoder, ModelConfig
-from sat_lib.pattern import generate_layout, mass_kept
+from sat_lib.pattern import generate_layout, mass_kept, nearness
 
 CPU = torch.device("cpu")
 STEPS = (0, 4, 12)
@@ -77,10 +77,10 @@ def test_everything_kept_is_all_the_mass_and_best_beats_the_others():
 
 @pytest.mark.parametrize("blocks", [7, 32])
 def test_the_window_grows_from_the_diagonal_and_is_spread_over_the_rows(blocks):
-    layout = generate_layout(comparison.nearness(blocks), 1 / blocks, 8)
+    layout = generate_layout(nearness(blocks), 1 / blocks, 8)
     assert torch.equal(layout.grid, torch.eye(blocks, dtype=torch.bool))
     distance = (torch.arange(blocks)[:, None] - torch.arange(blocks)).abs()
-    more = generate_layout(comparison.nearness(blocks), 2 / blocks, 8).grid
+    more = generate_layout(nearness(blocks), 2 / blocks, 8).grid
     assert distance[more].max() == 1
     beside = (more & (distance == 1)).any(1).nonzero().flatten()
     assert beside.min() < blocks / 3
