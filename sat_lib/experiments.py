@@ -7,7 +7,7 @@ again. Rows of the `smoke` profile lie in runs/smoke and count only for the sour
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,64 +28,23 @@ from . import (
     sentence_pairs,
     timing,
 )
+from .ablations import ablate, ablation_cases, best_cases, diagnose_run, diagnosis_cases
 from .attention import ATTENTION
-from .baselines import BASELINES, IMPLEMENTATIONS
+from .baselines import IMPLEMENTATIONS
 from .errors import require
 from .pretrained import PATTERNS
-from .pattern import diagnose
-from .recipes import PAPER_TASKS, RunConfig, best_settings, run_config
-from .reference import pool_blocks
+from .recipes import PAPER_TASKS, run_config
 from .tasks import task
 from .train import Trainer, to_device
+from .training_cases import SHORT_RUN, Context, case_config, load_data, run_case, run_folder, train
 
 PROFILES = ("smoke", "paper")
-HISTORY_POINTS = 400  # of a training curve that go into its row
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where and on what an experiment is run."""
-
-    profile: str
-    device: torch.device
-    root: Path
-    code: str  # digest of the source text behind this module
-
-    @property
-    def rows_folder(self) -> Path:
-        return self.root / ("data/results" if self.profile == "paper" else "runs/smoke/rows")
-
-    @property
-    def training_folder(self) -> Path:
-        """Of training runs; smoke runs are kept apart by the code they ran."""
-        return self.root / "runs" / self.profile / ("training" if self.profile == "paper" else f"training-{self.code}")
-
-
-# ---- training: notebooks 02, 03 and 06 -------------------------------------------------------------------------------
-
-SMOKE_RUN = {
-    "digits": {"steps": 400, "warm_up": 40, "eval_every": 100, "batch": 4, "rate": 0.006, "switch_at": 100},
-    "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 16, "rate": 0.006},
-    "docstrings": {"model": {"layers": 1}, "steps": 300, "warm_up": 30, "eval_every": 100, "batch": 8, "rate": 0.004},
-}
-
-
-def _run_case(task_name: str, attention: str, seed: int, profile: str, **changes) -> dict:
-    settings = (SMOKE_RUN[task_name] if profile == "smoke" else {}) | changes
-    model = settings.pop("model", {})
-    if profile == "smoke" and attention in BASELINES:
-        model = model | {"implementation": "library"}  # the faster one on a CPU
-    return {"task": task_name, "attention": attention, "seed": seed, "model": model, "recipe": settings}
-
-
-def case_config(case: dict) -> RunConfig:
-    """The run that a training case stands for."""
-    return run_config(case["task"], case["attention"], model=case["model"], seed=case["seed"], **case["recipe"])
+# ---- training: notebooks 02 and 03 -----------------------------------------------------------------------------------
 
 
 def training_cases(profile: str) -> list[dict]:
     """One SAT run."""
-    return [_run_case("digits16" if profile == "smoke" else "cifar10", "sat", 0, profile)]
+    return [run_case("digits16" if profile == "smoke" else "cifar10", "sat", 0, profile)]
 
 
 def accuracy_cases(profile: str) -> list[dict]:
@@ -97,15 +56,12 @@ def accuracy_cases(profile: str) -> list[dict]:
 def _every_attention(seeds: dict[str, int], profile: str, **changes) -> list[dict]:
     """So many seeds of each task with every attention, seed by seed."""
     return [
-        _run_case(name, attention, seed, profile, **changes)
+        run_case(name, attention, seed, profile, **changes)
         for seed in range(max(seeds.values()))
         for name in seeds
         if seed < seeds[name]
         for attention in ATTENTION
     ]
-
-
-SHORT_RUN = {"steps": 1_000, "eval_every": 50}
 
 
 def short_cases(profile: str) -> list[dict]:
@@ -116,236 +72,6 @@ def short_cases(profile: str) -> list[dict]:
     if profile == "smoke":
         return _every_attention({"docstrings": 1}, profile)
     return _every_attention(dict.fromkeys(("imdb", "agnews", "yelp"), 3), profile, **SHORT_RUN)
-
-
-# What SAT's layout can come from in the ablations, beside the settings of the preset "best": recipe, model.
-SHARED = {"pattern_heads": "shared"}
-RELEASED_SCORES = {"sparsity_init": "released", "sparsity_target": "attention"}
-CALIBRATED_SCORES = {"sparsity_init": "calibrated", "sparsity_target": "attention"}
-LAYOUTS = {
-    "correlation, learned": ({}, {}),
-    "near, own heads": ({"pattern": "near"}, {}),
-    "diagonal": ({"pattern": "near"} | SHARED, {}),
-    "nearest": ({"pattern": "near", "pattern_budget": "blocks", "density": None} | SHARED, {}),
-    "released": ({"pattern_budget": "blocks", "density": None} | SHARED, RELEASED_SCORES),
-    "calibrated": ({"pattern_budget": "blocks", "density": None} | SHARED, CALIBRATED_SCORES),
-    "correlation, largest": ({"pattern_budget": "blocks", "density": None} | SHARED, {}),
-    "random, balanced": ({"pattern": "random"}, {}),
-    "random": ({"pattern": "random", "pattern_budget": "blocks", "density": None} | SHARED, {}),
-    "attention, balanced": ({"pattern": "attention"}, {}),
-    **{
-        f"{name}, by row": ({"pattern": name, "pattern_budget": "rows", "density": None} | SHARED, {})
-        for name in ("attention", "gradient", "taylor", "gate", "fisher", "value", "excess", "content")
-    },
-    "gradient, balanced": ({"pattern": "gradient"}, {}),
-    "gate, balanced": ({"pattern": "gate"}, {}),
-    "random, changing": ({"pattern": "random", "pattern_refresh": 0.1}, {}),
-    "correlation, refreshed": ({"pattern": "correlation", "pattern_refresh": 0.1}, {}),
-}
-# Per profile and task: the length of a run, the forced transition, and other values of what is changed one at a time.
-# Steps are far fewer than published: accuracy peaks early, and what follows is learnt by heart.
-ABLATIONS = {
-    ("paper", "cifar10"): {
-        "run": {"steps": 3_000, "eval_every": 250, "switch_at": 1_000},
-        "layouts": tuple(LAYOUTS),
-        "switch_at": (190, 500, 1_500, 2_000),
-        "blocks_kept": (0.02, 0.0625, 0.125, 0.25, 0.4),
-        "block": (16, 64),
-        "test": {"theta": (1.7, 0.0, 3.4), "delta": (0.65, 5.2)},
-    },
-    ("paper", "agnews"): {
-        "run": {"steps": 600, "eval_every": 50, "switch_at": 50},
-        "layouts": (
-            *("correlation, learned", "near, own heads", "diagonal", "nearest", "released", "calibrated"),
-            *("random, balanced", "attention, balanced", "attention, by row"),
-        ),
-        "switch_at": (0, 100, 200),
-        "blocks_kept": (0.08, 0.25),
-        "block": (),
-        "test": {},
-    },
-    ("smoke", "digits16"): {
-        "run": {"switch_at": 100},
-        "layouts": ("correlation, learned", "near, own heads", "released", "calibrated", "random", "attention, by row"),
-        "switch_at": (25, 200),
-        "blocks_kept": (0.25,),
-        "block": (32,),
-        "test": {"theta": (0.5, 0.0)},
-    },
-}
-
-
-def ablation_cases(profile: str) -> list[dict]:
-    """One thing changed at a time, seed by seed; what isn't is as in the preset "best", with a forced transition.
-
-    `group` says what is changed (layout, pruned, schedule, switch_at, density, block, theta, delta), `value` to what.
-    Layouts by "balanced" budgets keep one block of a row, the others as many as the task's published density says.
-    theta and delta decide about the transition, so that it isn't forced there.
-    """
-    seeds, pairs = (range(1) if profile == "smoke" else range(3)), []
-    for (wanted, name), plan in ABLATIONS.items():
-        if wanted == profile:
-            pairs += [(name, *one) for one in _ablations(name, plan)]
-    return [
-        {"group": group, "value": value} | _run_case(name, "sat", seed, profile, model=model, **recipe)
-        if group != "dense"
-        else {"group": group, "value": value} | _run_case(name, "dense", seed, profile, model=model, **recipe)
-        for seed in seeds
-        for name, group, value, model, recipe in pairs
-    ]
-
-
-def _ablations(name: str, plan: dict) -> list[tuple[str, object, dict, dict]]:
-    """(group, value, model, recipe) of each case of a task."""
-    small = SMOKE_RUN[name]["model"] if plan["layouts"][0] and name in SMOKE_RUN else {}
-    base = run_config(name, "sat", model=small)
-    best, run = best_settings(base.model.blocks), plan["run"]
-    without_switch = {key: value for key, value in run.items() if key != "switch_at"}
-    cases = []
-
-    def add(group: str, value, recipe: dict, model: dict | None = None, **more) -> None:
-        changed = best["recipe"] | run | recipe | more
-        if changed["density"] is None:
-            changed["density"] = base.recipe.density
-        cases.append((group, value, small | best["model"] | (model or {}), changed))
-
-    for label in plan["layouts"]:
-        recipe, model = LAYOUTS[label]
-        if "pattern_refresh" in recipe:
-            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * run["steps"])}
-        add("layout", label, recipe, model)
-    cases.append(("dense", "dense", small, without_switch))
-    released = LAYOUTS["released"]
-    add("pruned", "zero", {}, {"pruned": "zero"})
-    add("pruned", "released, zero", released[0], released[1] | {"pruned": "zero"})
-    add("schedule", "constant", {}, schedule_after="constant")
-    for at in plan["switch_at"]:
-        add("switch_at", at, {"switch_at": at})
-    for density in plan["blocks_kept"]:
-        add("density", density, {"density": density})
-    for block in plan["block"]:
-        blocks = -(-base.model.length // block)
-        add("block", block, {"density": 1 / blocks}, {"block": block})
-    for setting, values in plan["test"].items():
-        for value in values:
-            add(setting, value, {"switch_at": None, setting: value} | {"switch_rule": "stable"})
-    add("rule", "overfit", {"switch_at": None})
-    return cases
-
-
-def ablate(case: dict, context: Context) -> dict:
-    """`train`, the dense phase shared with the other cases, without the whole history: its evaluations alone.
-
-    Beside it, of the layouts at the transition and of the attention then: `mass_kept`, `density`, `distinct_columns`
-    (share of the block columns that some row keeps) and `empty_rows`, means over the layers (and heads).
-    """
-    result = train(case, context, context.training_folder / "dense-phases")
-    result["history"] = [line for line in result["history"] if "dev_accuracy" in line]
-    maps = {name: torch.tensor(value) for name, value in result.pop("maps").items()}
-    if "kept" in maps:
-        pooled, kept = maps["transition"].double(), maps["kept"].bool()
-        heads = kept if kept.dim() == 4 else kept[:, None]
-        held = (pooled[:, None] * heads).sum((-1, -2)) / pooled.sum((-1, -2))[:, None]
-        result |= {
-            "mass_kept": float(held.mean()),
-            "density": float(heads.double().mean()),
-            "distinct_columns": float(heads.any(-2).double().mean()),
-            "empty_rows": float((~heads.any(-1)).double().sum(-1).mean()),
-            "diagonal": float(heads.diagonal(dim1=-2, dim2=-1).sum() / heads.sum()),
-        }
-    return result
-
-
-def best_cases(profile: str) -> list[dict]:
-    """The preset "best": CIFAR-10 in the published number of steps, five seeds; the text sets in short runs, three,
-    and on the part of AG News the baselines beside it."""
-    if profile == "smoke":
-        return [_best_case("digits16", 0, profile)]
-    cases = [_best_case("cifar10", seed, profile) for seed in range(5)]
-    for seed in range(3):
-        cases += [_best_case(name, seed, profile, **SHORT_RUN) for name in ("agnews", "imdb", "yelp")]
-        cases += [
-            _run_case(name, attention, seed, profile, **SHORT_RUN)
-            for name in ("agnews",)
-            for attention in BASELINES
-            if attention != "dense"
-        ]
-    return cases
-
-
-def _best_case(name: str, seed: int, profile: str, **changes) -> dict:
-    small = SMOKE_RUN[name]["model"] if profile == "smoke" else {}
-    best = best_settings(run_config(name, "sat", model=small).model.blocks)
-    return _run_case(name, "sat", seed, profile, model=small | best["model"], **(best["recipe"] | changes))
-
-
-def diagnosis_cases(profile: str) -> list[dict]:
-    """The dense phase's first steps with each initialisation of W^P, looked at every `every` steps."""
-    smoke = profile == "smoke"
-    tasks = {"digits16": 100} if smoke else {"cifar10": 600, "agnews": 300}
-    return [
-        {"steps": steps, "every": 10}
-        | _run_case(name, "sat", seed, profile, model=_small(name, profile) | {"sparsity_init": init}, switch_at=10**9)
-        for seed in range(1 if smoke else 3)
-        for name, steps in tasks.items()
-        for init in ("released", "calibrated")
-    ]
-
-
-def _small(name: str, profile: str) -> dict:
-    return SMOKE_RUN[name].get("model", {}) if profile == "smoke" else {}
-
-
-def diagnose_run(case: dict, context: Context) -> dict:
-    """What R~ has learnt, step by step: a column per name of `pattern.diagnose`, with step and layer."""
-    config = case_config(case)
-    trainer, lines = Trainer(config, _data(config), context.device), []
-    for step in range(1, case["steps"] + 1):
-        trainer.train_step()
-        if step % case["every"] == 0:
-            block = config.model.block
-            pooled = [pool_blocks(mean_map, block) for mean_map in trainer.rule.maps]
-            for layer, (parameter, target) in enumerate(zip(trainer.model.sparsity_parameters, pooled, strict=True)):
-                seen = diagnose(parameter().detach() / parameter.scale, target, config.recipe.density)
-                lines.append({"step": step, "layer": layer} | {name: round(value, 5) for name, value in seen.items()})
-    columns = {name: [line[name] for line in lines] for name in lines[0]}
-    return {"density": config.recipe.density, "columns": columns, **datasets.provenance(config.recipe.task)}
-
-
-def train(case: dict, context: Context, shared: Path | None = None) -> dict:
-    """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
-    config = case_config(case)
-    data, folder = _data(config), run_folder(case, context)
-    result = runs.fit(config, data, folder, context.device, shared=shared)
-    maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
-    return {
-        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters")},
-        "seconds": result["seconds"],
-        **{name: result.get(name) for name in ("step", "processes", "by_process")},  # older runs don't tell
-        "dense_best": result["best"].get("dense"),
-        "sparse_best": result["best"].get("sparse"),
-        "test_examples": result["best"][result["phase"]]["test_examples"],
-        "train_examples": len(data.train),
-        **datasets.provenance(config.recipe.task),
-        "maps": maps,
-        "history": _thinned(files.read_rows(folder / "metrics.jsonl")),
-    }
-
-
-def _data(config: RunConfig) -> datasets.Splits:
-    return distributed.first_alone(lambda: datasets.load(config.recipe.task, protocol=config.recipe.protocol))
-
-
-def _thinned(metrics: list[dict]) -> list[dict]:
-    """All evaluations, the dense phase's steps and every n-th other step: about HISTORY_POINTS lines of each."""
-    evaluations = [row for row in metrics if "dev_accuracy" in row]
-    steps = [row for row in metrics if "loss" in row]
-    learning = [row for row in steps if "skewness" in row]
-    others = [row for row in steps if "skewness" not in row]
-    return sorted(
-        (row for part in (evaluations, learning, others) for row in part[:: max(1, len(part) // HISTORY_POINTS)]),
-        key=lambda row: row["step"],
-    )
 
 
 # ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
@@ -473,7 +199,7 @@ def data_parallel_cases(profile: str) -> list[dict]:
         batches = {batch // number for number in numbers} if processes == 1 else {batch, batch * processes}
         cases += [{"sweep": "step", "processes": processes, "batch": size, **same} for size in sorted(batches)]
         cases += [
-            {"sweep": "training", "processes": processes} | _run_case(name, "sat", seed, profile, **changes)
+            {"sweep": "training", "processes": processes} | run_case(name, "sat", seed, profile, **changes)
             for seed in range(seeds)
             if processes > 1
         ]
@@ -483,7 +209,7 @@ def data_parallel_cases(profile: str) -> list[dict]:
 def data_parallel(case: dict, context: Context) -> dict:
     """Measure a case in as many new processes as it says, one too."""
     if case["sweep"] == "training":
-        _data(case_config(case))  # what is wrong with them is told here, not in each process
+        load_data(case_config(case))  # what is wrong with them is told here, not in each process
     return distributed.launch(case["processes"], context.device, _as_one_of_several, case, context)
 
 
@@ -599,13 +325,13 @@ def pattern_cases(profile: str) -> list[dict]:
     steps = [0, 50, 100, 200, 400] if smoke else [0, 50, 100, 200, 500, 1_000, 2_000]
     compared = {"snapshots": steps, "examples": 8 if smoke else 16, "densities": [0.02, 0.05, 0.1, 0.25, 1.0]}
     changes = {} if smoke else {"steps": steps[-1]}
-    return [_run_case("digits" if smoke else "cifar10", "sat", 0, profile, **changes) | compared]
+    return [run_case("digits" if smoke else "cifar10", "sat", 0, profile, **changes) | compared]
 
 
 def patterns(case: dict, context: Context) -> dict:
     """Train the run, or read it, and compare what patterns keep of its maps; see `comparison.compare_snapshots`."""
     config, steps = case_config(case), tuple(case["snapshots"])
-    data, folder = _data(config), run_folder(case, context)
+    data, folder = load_data(config), run_folder(case, context)
     result = runs.fit(config, data, folder, context.device, snapshots=steps)
     tokens, _ = to_device(data.test, np.arange(case["examples"]), context.device)
     return {
@@ -630,7 +356,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "accuracy": (accuracy_cases, train),
     "accuracy_short": (short_cases, train),
     "ablations": (ablation_cases, ablate),
-    "best": (best_cases, train),
+    "best": (best_cases, ablate),
     "diagnosis": (diagnosis_cases, diagnose_run),
     "step": (step_cases, step_time),
     "data_parallel": (data_parallel_cases, data_parallel),
@@ -691,17 +417,6 @@ def append_once(path: Path, row: dict, there: Callable[[], bool]) -> None:
     with files.lock(path, f"writing {path}", wait=True, quiet=True):
         if not there():
             files.append_row(path, row)
-
-
-def run_folder(case: dict, context: Context) -> Path | None:
-    """The folder of the training run that a case stands for; None of a case that isn't one.
-
-    Where the case says how many processes train it, the folder is its own: another number would go on with the run.
-    """
-    if "recipe" not in case:
-        return None
-    by = f"-by-{case['processes']}" if "processes" in case else ""
-    return context.training_folder / f"{case_config(case).name}{by}"
 
 
 def rows(

@@ -109,7 +109,8 @@ def _begin_with_shared(
     config: RunConfig, data: Splits, folder: Path, device: torch.device, step: str, shared: Path
 ) -> None:
     """Put the checkpoint before the transition into a run's folder, with the metrics and best model until then."""
-    require(distributed.size() == 1, f"shared: dense phases are shared by runs of one process; got {distributed.size()}")
+    processes = distributed.size()
+    require(processes == 1, f"shared: dense phases are shared by runs of one process; got {processes} processes")
     dense = dense_phase(config)
     phases, at = Path(shared) / dense.name, config.recipe.switch_at
     source = phases / f"before-{at:06}"

@@ -19,11 +19,13 @@ LEVELS = {
     "train": 9,
     **dict.fromkeys(("runs", "peers", "finetuning", "figures"), 10),
     **dict.fromkeys(("benchmarks", "comparison", "motivation", "pretraining", "stages", "notebook_run"), 11),
-    "parallel_figures": 11,
-    **dict.fromkeys(("experiments", "map_figures", "pattern_figures", "verdicts"), 12),
-    **dict.fromkeys(("reproduce", "explore", "verdict_figures", "sweep", "__init__"), 13),
-    "paper": 14,
-    "__main__": 15,
+    "training_cases": 11,
+    "ablations": 12,
+    **dict.fromkeys(("parallel_figures", "ablation_figures"), 11),
+    **dict.fromkeys(("experiments", "map_figures", "pattern_figures", "verdicts"), 13),
+    **dict.fromkeys(("reproduce", "explore", "verdict_figures", "sweep", "__init__"), 14),
+    "paper": 15,
+    "__main__": 16,
 }
 
 

@@ -154,7 +154,7 @@ def test_data_that_are_not_there_are_told_before_any_process_starts(monkeypatch,
 
     monkeypatch.setattr(experiments.datasets, "load", load)
     context = experiments.Context("paper", torch.device("cpu"), tmp_path, "code")
-    case = {"sweep": "training", "processes": 2} | experiments._run_case("cifar10", "sat", 0, "paper")
+    case = {"sweep": "training", "processes": 2} | experiments.run_case("cifar10", "sat", 0, "paper")
     with pytest.raises(InputError, match="task cifar10 is not prepared"):
         experiments.data_parallel(case, context)
 

@@ -1,0 +1,255 @@
+"""Where SAT's accuracy comes from: figures and tables from rows of `ablations`, `diagnosis` and `best`."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .figures import PAGE, PALETTE, TASK_NAMES, new, style
+
+# What a layout comes from, told by the first word of its name, and its colour.
+KINDS = {
+    "learnt by W^P": (("correlation, learned", "correlation, largest", "released", "calibrated"), PALETTE["sat"]),
+    "by hand": (("near", "nearest", "diagonal"), PALETTE["longformer"]),
+    "at random": (("random",), "0.6"),
+    "measured on the dense model": ((), PALETTE["bigbird"]),
+}
+BASE = "correlation, learned"
+SETTINGS = {"switch_at": "transition at step", "density": "density", "block": "block size"}
+OTHERS = ("pruned", "schedule", "rule", "theta", "delta")
+INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
+DIAGNOSES = {
+    "mass_kept": "mass kept / best",
+    "correlation": "correlation of R~ and R",
+    "diagonal": "share on the diagonal",
+    "empty_rows": "empty block rows",
+}
+
+
+def kind_of(layout: str) -> str:
+    """The key of `KINDS` for a layout's name."""
+    for kind, (names, _) in KINDS.items():
+        if layout in names or layout.split(",")[0] in names:
+            return kind
+    return "measured on the dense model"
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per task, group and value: mean and sample deviation of the accuracy over the seeds, and what was kept.
+
+    Columns:
+        runs, percent, deviation (NaN for one run). mass_kept, density, distinct_columns, diagonal: shares, 0 to 1, and
+        empty_rows, at the transition. transition_step: mean. step_ms: of the sparse phase (of the dense one where there
+        is none), by the clock, without evaluations.
+    """
+    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows))
+    rows["value"] = rows["value"].astype(object)
+    means = ["mass_kept", "density", "distinct_columns", "diagonal", "empty_rows", "transition_step", "step_ms"]
+    lines = []
+    for (task, group, value), part in rows.groupby(["task", "group", "value"], sort=False):
+        found = {name: part[name].astype(float).mean() for name in means if name in part}
+        deviation = part["percent"].std(ddof=1) if len(part) > 1 else np.nan
+        lines.append(
+            {"task": task, "group": group, "value": value, "runs": len(part), "percent": part["percent"].mean()}
+            | {"deviation": deviation}
+            | found
+        )
+    return pd.DataFrame(lines)
+
+
+def step_ms(rows: pd.DataFrame) -> list[float]:
+    """Milliseconds of a step of each run's last phase."""
+    found = []
+    for _, row in rows.iterrows():
+        steps, at, seconds = _steps(row), row["transition_step"], row["seconds"]
+        sparse = not pd.isna(at) and seconds["sparse"] > 0
+        found.append(1000 * seconds["sparse"] / (steps - at - 1) if sparse else 1000 * seconds["dense"] / steps)
+    return found
+
+
+def _steps(row: pd.Series) -> int:
+    return max(line["step"] for line in row["history"] if "dev_accuracy" in line)
+
+
+# ---- 06: ablations ---------------------------------------------------------------------------------------------------
+
+
+def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """A line of panels a task: layouts in order of accuracy; accuracy against the attention that they hold, and what
+    else was changed."""
+    drawn = summary(rows)
+    tasks = list(dict.fromkeys(drawn["task"]))
+    layouts = drawn[drawn["group"] == "layout"]
+    heights = [0.9 + 0.17 * (layouts["task"] == task).sum() for task in tasks]
+    style()
+    figure = Figure(figsize=(PAGE, sum(heights) + 0.4), layout="constrained")
+    for part, task in zip(np.atleast_1d(figure.subfigures(len(tasks), 1, height_ratios=heights)), tasks, strict=True):
+        of_task, single = drawn[drawn["task"] == task], rows[rows["task"] == task]
+        axes = part.subplots(1, 4, width_ratios=[1.25, 1, 1, 1])
+        _layouts(axes[0], of_task, single)
+        _mass(axes[1], of_task)
+        _switch(axes[2], of_task)
+        _others(axes[3], of_task, single)
+        part.suptitle(TASK_NAMES.get(task, task), fontsize=8)
+    handles = [axes[0].plot([], [], "o", color=colour, markersize=4, label=kind)[0] for kind, (_, colour) in KINDS.items()]
+    handles.append(axes[0].plot([], [], ":", color=PALETTE["dense"], label="dense attention")[0])
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    return figure, drawn
+
+
+def _dots(axis: Axes, lines: pd.DataFrame, single: pd.DataFrame, colours: list) -> None:
+    """Lines from the top downward: a mean with its deviation, and a small dot for each seed."""
+    for place, (line, colour) in enumerate(zip(lines.itertuples(), colours, strict=True)):
+        same = (single["group"] == line.group) & (single["value"].astype(str) == str(line.value))
+        seeds = 100 * single.loc[same, "test_accuracy"]
+        deviation = None if np.isnan(line.deviation) else line.deviation
+        axis.errorbar(line.percent, place, xerr=deviation, fmt="o", color=colour, markersize=4, linewidth=1)
+        axis.plot(seeds, [place] * len(seeds), ".", color="black", markersize=2)
+    axis.set(ylim=(len(lines) - 0.4, -0.6), xlabel="test accuracy (%)")
+    axis.grid(axis="y", color="0.93")
+    sns.despine(ax=axis)
+
+
+def _dense_line(axis: Axes, of_task: pd.DataFrame, along) -> None:
+    for percent in of_task.loc[of_task["group"] == "dense", "percent"]:
+        along(percent, color=PALETTE["dense"], linestyle=":", linewidth=1, zorder=0)
+
+
+def _layouts(axis: Axes, of_task: pd.DataFrame, single: pd.DataFrame) -> None:
+    lines = of_task[of_task["group"] == "layout"].sort_values("percent", ascending=False)
+    _dots(axis, lines, single, [KINDS[kind_of(value)][1] for value in lines["value"]])
+    axis.set_yticks(range(len(lines)), lines["value"])
+    _dense_line(axis, of_task, axis.axvline)
+
+
+def _mass(axis: Axes, of_task: pd.DataFrame) -> None:
+    """Beyond 1 a layout holds more attention than as many random blocks."""
+    lines = of_task[of_task["group"] == "layout"]
+    for line in lines.itertuples():
+        colour = KINDS[kind_of(line.value)][1]
+        filled = colour if line.distinct_columns > 0.9 else "white"
+        axis.plot(line.mass_kept / line.density, line.percent, "o", color=colour, markerfacecolor=filled, markersize=4)
+    axis.axvline(1, color="0.8", linewidth=0.8, zorder=0)
+    _dense_line(axis, of_task, axis.axhline)
+    axis.set(xlabel="mass kept / density\n(filled: over 90 % of the key blocks used)", ylabel="test accuracy (%)")
+    sns.despine(ax=axis)
+
+
+def _base(of_task: pd.DataFrame) -> pd.DataFrame:
+    return of_task[(of_task["group"] == "layout") & (of_task["value"] == BASE)]
+
+
+def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
+    """The base and the forced steps as a line, the rule where it came."""
+    lines = pd.concat([_base(of_task), of_task[of_task["group"] == "switch_at"]]).sort_values("transition_step")
+    axis.errorbar(lines["transition_step"], lines["percent"], yerr=lines["deviation"], fmt="o-", color=PALETTE["sat"],
+                  markersize=3.5, linewidth=1)  # fmt: skip
+    for rule in of_task[of_task["group"] == "rule"].itertuples():
+        if not np.isnan(rule.transition_step):
+            axis.plot(rule.transition_step, rule.percent, "D", color="black", markersize=4)
+            axis.annotate("rule", (rule.transition_step, rule.percent), (4, -8), textcoords="offset points", fontsize=7)
+    _dense_line(axis, of_task, axis.axhline)
+    axis.set(xlabel="transition at step", ylabel="test accuracy (%)")
+    axis.margins(x=0.1)
+    sns.despine(ax=axis)
+
+
+def _others(axis: Axes, of_task: pd.DataFrame, single: pd.DataFrame) -> None:
+    chosen = of_task["group"].isin([*OTHERS, "density", "block"])
+    lines = pd.concat([_base(of_task), of_task[chosen]])
+    _dots(axis, lines, single, [PALETTE["sat"] if line.group == "layout" else "0.3" for line in lines.itertuples()])
+    names = ["base" if line.group == "layout" else f"{line.group} {line.value}" for line in lines.itertuples()]
+    axis.set_yticks(range(len(lines)), names)
+    _dense_line(axis, of_task, axis.axvline)
+
+
+def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """`summary` for a document, in the order of the groups, the best of a group first."""
+    lines = summary(rows)
+    order = {group: number for number, group in enumerate(dict.fromkeys(lines["group"]))}
+    lines = lines.assign(order=lines["group"].map(order)).sort_values(
+        ["task", "order", "percent"], ascending=[False, True, False], ignore_index=True
+    )
+    number = lambda name, form, factor=1: [
+        "-" if pd.isna(value) else format(factor * value, form) for value in lines[name].astype(float)
+    ]
+    return pd.DataFrame(
+        {
+            "task": [TASK_NAMES.get(task, task) for task in lines["task"]],
+            "changed": lines["group"],
+            "to": [f"{value:g}" if isinstance(value, int | float) else value for value in lines["value"]],
+            "runs": lines["runs"],
+            "test %": number("percent", ".2f"),
+            "deviation": number("deviation", ".2f"),
+            "switched at step": number("transition_step", ".0f"),
+            "density %": number("density", ".3g", 100),
+            "mass kept %": number("mass_kept", ".1f", 100),
+            "key blocks used %": number("distinct_columns", ".0f", 100),
+            "empty rows": number("empty_rows", ".1f"),
+            "step ms": number("step_ms", ".2f"),
+        }
+    )
+
+
+# ---- 06: diagnosis ---------------------------------------------------------------------------------------------------
+
+
+def diagnosis_lines(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per task, initialisation, seed, step and layer, with the columns of `pattern.diagnose`."""
+    parts = []
+    for _, row in rows.iterrows():
+        place = {"task": row["task"], "init": row["model"]["sparsity_init"], "seed": row["seed"]}
+        parts.append(pd.DataFrame(row["columns"]).assign(**place))
+    return pd.concat(parts, ignore_index=True)
+
+
+def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """What R~ has learnt over the steps, a line per layer and seed; dashed: the most that R~'s form can hold."""
+    drawn = diagnosis_lines(rows)
+    tasks = list(dict.fromkeys(drawn["task"]))
+    figure, axes = new(PAGE, 0.5 + 1.5 * len(tasks), len(tasks), len(DIAGNOSES), sharex="row")
+    for line, task in zip(axes, tasks, strict=True):
+        of_task = drawn[drawn["task"] == task]
+        for axis, (name, label) in zip(line, DIAGNOSES.items(), strict=True):
+            for (init, _, _), part in of_task.groupby(["init", "seed", "layer"]):
+                scale = part["best_mass"] if name == "mass_kept" else 1
+                axis.plot(part["step"], part[name] / scale, color=INITS[init], linewidth=0.8)
+                if name == "mass_kept" and init == "calibrated":
+                    axis.plot(part["step"], part["form_mass"] / scale, "--", color="0.5", linewidth=0.7, zorder=0)
+            axis.set_title(label)
+            axis.set_ylim(bottom=None if name == "correlation" else 0)
+            sns.despine(ax=axis)
+        line[0].set_ylabel(TASK_NAMES.get(task, task))
+    for axis in axes[-1]:
+        axis.set_xlabel("step of the dense phase")
+    handles = [axes[0, 0].plot([], [], color=colour, label=init)[0] for init, colour in INITS.items()]
+    handles.append(axes[0, 0].plot([], [], "--", color="0.5", label="best that W^P (W^P)^T can be")[0])
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure, drawn
+
+
+def diagnosis_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The last step of each task and initialisation: means over layers and seeds."""
+    lines = diagnosis_lines(rows)
+    last = lines[lines["step"] == lines.groupby("task")["step"].transform("max")]
+    table = []
+    for (task, init), part in last.groupby(["task", "init"], sort=False):
+        mean = part.drop(columns=["task", "init"]).mean()
+        table.append(
+            {
+                "task": TASK_NAMES.get(task, task),
+                "W^P starts": init,
+                "runs": part["seed"].nunique(),
+                "step": int(mean["step"]),
+                "mass kept %": f"{100 * mean['mass_kept']:.1f}",
+                "best layout %": f"{100 * mean['best_mass']:.1f}",
+                "best that the form can %": f"{100 * mean['form_mass']:.1f}",
+                "overlap with the best": f"{mean['overlap']:.2f}",
+                "correlation": f"{mean['correlation']:.2f}",
+                "mean of R~ / of R": f"{mean['scale']:.3g}",
+                "on the diagonal": f"{mean['diagonal']:.2f}",
+                "empty rows": f"{mean['empty_rows']:.1f}",
+            }
+        )
+    return pd.DataFrame(table)

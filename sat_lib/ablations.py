@@ -1,0 +1,217 @@
+"""Where SAT's accuracy comes from: cases and rows of the experiments `ablations`, `best` and `diagnosis`."""
+
+import torch
+
+from . import datasets
+from .baselines import BASELINES
+from .layout import BlockLayout
+from .pattern import diagnose, mass_kept
+from .recipes import best_settings, run_config
+from .reference import pool_blocks
+from .train import Trainer
+from .training_cases import SHORT_RUN, SMOKE_RUN, Context, case_config, load_data, run_case, train
+
+# ---- ablations -------------------------------------------------------------------------------------------------------
+
+# What a layout can come from: changes of the preset "best" in the recipe, and in the model. A density of None is the
+# task's published one; that of "best" keeps one block of each row and head.
+_SHARED = {"pattern_heads": "shared"}
+_LARGEST = {"pattern_budget": "blocks", "density": None} | _SHARED
+_BY_ROW = {"pattern_budget": "rows", "density": None} | _SHARED
+_OF_ATTENTION = {"sparsity_target": "attention"}
+_RELEASED = {"sparsity_init": "released"} | _OF_ATTENTION
+_ROW_SIGNALS = ("attention", "gradient", "taylor", "gate", "fisher", "value", "excess", "content")
+LAYOUTS = {
+    "correlation, learned": ({}, {}),
+    "near, own heads": ({"pattern": "near"}, {}),
+    "diagonal": ({"pattern": "near"} | _SHARED, {}),
+    "nearest": ({"pattern": "near"} | _LARGEST, {}),
+    "released": (_LARGEST, _RELEASED),
+    "calibrated": (_LARGEST, {"sparsity_init": "calibrated"} | _OF_ATTENTION),
+    "correlation, largest": (_LARGEST, {}),
+    "random, balanced": ({"pattern": "random"}, {}),
+    "random": ({"pattern": "random"} | _LARGEST, {}),
+    "attention, balanced": ({"pattern": "attention"}, {}),
+    "gradient, balanced": ({"pattern": "gradient"}, {}),
+    "gate, balanced": ({"pattern": "gate"}, {}),
+    **{f"{name}, by row": ({"pattern": name} | _BY_ROW, {}) for name in _ROW_SIGNALS},
+    "random, changing": ({"pattern": "random", "pattern_refresh": 0.1}, {}),  # a share of the run's steps
+    "correlation, refreshed": ({"pattern": "correlation", "pattern_refresh": 0.1}, {}),
+}
+# Profile -> task -> the run with its forced transition, and group by group the values of what is changed. Runs are far
+# shorter than published: accuracy peaks early, and what follows is learnt by heart.
+PLANS = {
+    "paper": {
+        "cifar10": {
+            "run": {"steps": 3_000, "eval_every": 250, "switch_at": 1_000},
+            "layout": tuple(LAYOUTS),
+            "pruned": ("zero", "released, zero"),
+            "schedule": ("constant",),
+            "switch_at": (190, 500, 1_500, 2_000),
+            "density": (0.02, 0.0625, 0.125, 0.25, 0.4),
+            "block": (16, 64),
+            "theta": (1.7, 0.0, 3.4),
+            "delta": (0.65, 5.2),
+            "rule": ("overfit",),
+        },
+        "agnews": {
+            "run": {"steps": 600, "eval_every": 50, "switch_at": 50},
+            "layout": (
+                *("correlation, learned", "near, own heads", "diagonal", "nearest", "released", "calibrated"),
+                *("random, balanced", "attention, balanced", "attention, by row"),
+            ),
+            "pruned": ("zero", "released, zero"),
+            "schedule": ("constant",),
+            "switch_at": (0, 100, 200),
+            "density": (0.08, 0.25),
+            "rule": ("overfit",),
+        },
+    },
+    "smoke": {
+        "digits16": {
+            "run": {"switch_at": 100},
+            "layout": (
+                *("correlation, learned", "near, own heads", "released", "calibrated", "random"),
+                "attention, by row",
+            ),
+            "pruned": ("zero",),
+            "switch_at": (200,),
+            "density": (0.25,),
+        },
+    },
+}
+
+
+def ablation_cases(profile: str) -> list[dict]:
+    """One thing changed at a time, seed by seed; what isn't is as in the preset "best", with a forced transition.
+
+    `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta and delta decide about
+    the transition, and so does the rule "overfit": it isn't forced there.
+    """
+    seeds = range(1 if profile == "smoke" else 3)
+    return [
+        {"group": group, "value": value} | run_case(name, attention, seed, profile, model=model, **recipe)
+        for seed in seeds
+        for name, plan in PLANS[profile].items()
+        for group, value, attention, model, recipe in _ablations(name, plan, profile)
+    ]
+
+
+def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, str, dict, dict]]:
+    """(group, value, attention, model, recipe) of each case of a task."""
+    small, run = _small(name, profile), plan["run"]
+    base = run_config(name, "sat", model=small)
+    best = best_settings(base.model.blocks)
+    cases = [("dense", "dense", "dense", small, {key: run[key] for key in run if key != "switch_at"})]
+    for group, values in plan.items():
+        for value in values if group != "run" else ():
+            recipe, model = _changes(group, value, base.model.length, run)
+            settings = best["recipe"] | run | recipe
+            if settings["density"] is None:
+                settings["density"] = base.recipe.density
+            cases.append((group, value, "sat", small | best["model"] | model, settings))
+    return cases
+
+
+def _changes(group: str, value, length: int, run: dict) -> tuple[dict, dict]:
+    """What a value of a group changes in the recipe, and in the model."""
+    if group == "layout":
+        recipe, model = LAYOUTS[value]
+        if "pattern_refresh" in recipe:
+            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * run["steps"])}
+        return recipe, model
+    if group == "pruned":
+        recipe, model = LAYOUTS["released"] if value == "released, zero" else ({}, {})
+        return recipe, model | {"pruned": "zero"}
+    if group == "schedule":
+        return {"schedule_after": value}, {}
+    if group == "block":
+        return {"density": 1 / -(-length // value)}, {"block": value}
+    if group in ("theta", "delta"):
+        return {"switch_at": None, "switch_rule": "stable", group: value}, {}
+    return {"switch_at": None} if group == "rule" else {group: value}, {}
+
+
+def ablate(case: dict, context: Context) -> dict:
+    """`train`, the dense phase shared with the other cases, with `layout_figures` in place of the maps and the
+    evaluations alone of the history."""
+    result = train(case, context, context.training_folder / "dense-phases")
+    evaluations = [line for line in result["history"] if "dev_accuracy" in line]
+    return result | {"history": evaluations} | layout_figures(result.pop("maps"))
+
+
+def layout_figures(maps: dict) -> dict[str, float]:
+    """Of the layouts at the transition, means over layers and heads; nothing where there was none.
+
+    `mass_kept` of the attention then and `density`, `diagonal`: share of the kept blocks, `distinct_columns`: share of
+    the block columns that some row keeps, `empty_rows`.
+    """
+    if "kept" not in maps:
+        return {}
+    pooled, kept = torch.tensor(maps["transition"]), torch.tensor(maps["kept"]).bool()
+    heads = kept if kept.dim() == 4 else kept[:, None]
+    masses = [mass_kept(pooled[layer], BlockLayout(grid, 1)) for layer in range(len(heads)) for grid in heads[layer]]
+    return {
+        "mass_kept": sum(masses) / len(masses),
+        "density": float(heads.double().mean()),
+        "diagonal": float(heads.diagonal(dim1=-2, dim2=-1).sum() / heads.sum()),
+        "distinct_columns": float(heads.any(-2).double().mean()),
+        "empty_rows": float((~heads.any(-1)).double().sum(-1).mean()),
+    }
+
+
+# ---- the preset "best" -----------------------------------------------------------------------------------------------
+
+
+def best_cases(profile: str) -> list[dict]:
+    """The preset "best": CIFAR-10 in the published number of steps, five seeds; text sets in short runs, three seeds,
+    and beside them the baselines on AG News."""
+    if profile == "smoke":
+        return [_best_case("digits16", 0, profile)]
+    cases = [_best_case("cifar10", seed, profile) for seed in range(5)]
+    for seed in range(3):
+        cases += [_best_case(name, seed, profile, **SHORT_RUN) for name in ("agnews", "imdb", "yelp")]
+        cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
+    return cases
+
+
+def _best_case(name: str, seed: int, profile: str, **changes) -> dict:
+    small = _small(name, profile)
+    best = best_settings(run_config(name, "sat", model=small).model.blocks)
+    return run_case(name, "sat", seed, profile, model=small | best["model"], **(best["recipe"] | changes))
+
+
+def _small(name: str, profile: str) -> dict:
+    """What the smoke profile changes of a task's model."""
+    return SMOKE_RUN[name].get("model", {}) if profile == "smoke" else {}
+
+
+# ---- diagnosis -------------------------------------------------------------------------------------------------------
+
+
+def diagnosis_cases(profile: str) -> list[dict]:
+    """The dense phase's first steps with each initialisation of W^P, looked at every `every` steps."""
+    smoke = profile == "smoke"
+    tasks = {"digits16": 100} if smoke else {"cifar10": 600, "agnews": 300}
+    return [
+        {"steps": steps, "every": 10}
+        | run_case(name, "sat", seed, profile, model=_small(name, profile) | {"sparsity_init": init}, switch_at=10**9)
+        for seed in range(1 if smoke else 3)
+        for name, steps in tasks.items()
+        for init in ("released", "calibrated")
+    ]
+
+
+def diagnose_run(case: dict, context: Context) -> dict:
+    """What R~ has learnt, step by step: `columns`, with step, layer and the names of `pattern.diagnose`."""
+    config = case_config(case)
+    trainer, lines = Trainer(config, load_data(config), context.device), []
+    for step in range(1, case["steps"] + 1):
+        trainer.train_step()
+        if step % case["every"] == 0:
+            pooled = [pool_blocks(mean_map, config.model.block) for mean_map in trainer.rule.maps]
+            for layer, (parameter, target) in enumerate(zip(trainer.model.sparsity_parameters, pooled, strict=True)):
+                seen = diagnose(parameter().detach() / parameter.scale, target, config.recipe.density)
+                lines.append({"step": step, "layer": layer} | {name: round(value, 5) for name, value in seen.items()})
+    columns = {name: [line[name] for line in lines] for name in lines[0]}
+    return {"density": config.recipe.density, "columns": columns, **datasets.provenance(config.recipe.task)}
