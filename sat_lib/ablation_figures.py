@@ -5,6 +5,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .figures import PAGE, PALETTE, TASK_NAMES, new, style
 
@@ -16,8 +17,7 @@ KINDS = {
     "measured on the dense model": ((), PALETTE["bigbird"]),
 }
 BASE = "correlation, learned"
-SETTINGS = {"switch_at": "transition at step", "density": "density", "block": "block size"}
-OTHERS = ("pruned", "schedule", "rule", "theta", "delta")
+OTHERS = ("pruned", "schedule", "density", "block", "rule", "theta", "delta")
 INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
 DIAGNOSES = {
     "mass_kept": "mass kept / best",
@@ -92,8 +92,9 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         _switch(axes[2], of_task)
         _others(axes[3], of_task, single)
         part.suptitle(TASK_NAMES.get(task, task), fontsize=8)
-    handles = [axes[0].plot([], [], "o", color=colour, markersize=4, label=kind)[0] for kind, (_, colour) in KINDS.items()]
-    handles.append(axes[0].plot([], [], ":", color=PALETTE["dense"], label="dense attention")[0])
+    points = {"marker": "o", "markersize": 4, "linestyle": ""}
+    handles = [Line2D([], [], color=colour, label=kind, **points) for kind, (_, colour) in KINDS.items()]
+    handles.append(Line2D([], [], color=PALETTE["dense"], linestyle=":", label="dense attention"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     return figure, drawn
 
@@ -156,10 +157,9 @@ def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
 
 
 def _others(axis: Axes, of_task: pd.DataFrame, single: pd.DataFrame) -> None:
-    chosen = of_task["group"].isin([*OTHERS, "density", "block"])
-    lines = pd.concat([_base(of_task), of_task[chosen]])
+    lines = pd.concat([_base(of_task), of_task[of_task["group"].isin(OTHERS)]])
     _dots(axis, lines, single, [PALETTE["sat"] if line.group == "layout" else "0.3" for line in lines.itertuples()])
-    names = ["base" if line.group == "layout" else f"{line.group} {line.value}" for line in lines.itertuples()]
+    names = ["base" if line.group == "layout" else _name(line.group, line.value) for line in lines.itertuples()]
     axis.set_yticks(range(len(lines)), names)
     _dense_line(axis, of_task, axis.axvline)
 
@@ -171,9 +171,7 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
     lines = lines.assign(order=lines["group"].map(order)).sort_values(
         ["task", "order", "percent"], ascending=[False, True, False], ignore_index=True
     )
-    number = lambda name, form, factor=1: [
-        "-" if pd.isna(value) else format(factor * value, form) for value in lines[name].astype(float)
-    ]
+    number = lambda name, form, factor=1: _texts(factor * lines[name].astype(float), form)
     return pd.DataFrame(
         {
             "task": [TASK_NAMES.get(task, task) for task in lines["task"]],
@@ -190,6 +188,82 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
             "step ms": number("step_ms", ".2f"),
         }
     )
+
+
+def conclusions(rows: pd.DataFrame) -> list[str]:
+    """Sentences on each task: the base, the best layout by hand, what gained over the base and what didn't help."""
+    found = []
+    for task, of_task in rows.groupby("task", sort=False):
+        percent = lambda part: 100 * part["test_accuracy"]
+        base = percent(of_task[(of_task["group"] == "layout") & (of_task["value"] == BASE)])
+        gains = {}
+        for (group, value), part in of_task.groupby(["group", "value"], sort=False):
+            if (group, value) != ("layout", BASE):
+                gains[_name(group, value)] = percent(part).mean() - base.mean(), difference(percent(part), base)
+        order = sorted(gains, key=lambda name: -gains[name][0])
+        better = [f"{name} {gains[name][1]}" for name in order if gains[name][0] > 0]
+        worse = [f"{name} {gains[name][1]}" for name in order if gains[name][0] <= 0]
+        runs = f"{len(base)} {'run' if len(base) == 1 else 'runs'}"
+        found += [
+            f"{TASK_NAMES.get(task, task)}: {base.mean():.2f} % with the base ({runs}).",
+            f"Above it: {'; '.join(better) or 'nothing'}.",
+            f"Didn't help: {'; '.join(worse) or 'nothing'}.",
+        ]
+    return found
+
+
+def _name(group: str, value) -> str:
+    return str(value) if group in ("layout", "dense") else f"{group} {value}"
+
+
+def _texts(values: pd.Series, form: str) -> list[str]:
+    return ["-" if pd.isna(value) else format(value, form) for value in values]
+
+
+# ---- 06: the preset "best" -------------------------------------------------------------------------------------------
+
+
+def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The preset "best" beside every attention on the same task and in as many steps, from `accuracy`,
+    `accuracy_short` and `best`.
+
+    "best gains": its mean over that line's, with the standard error of the difference. "step ms": of fast runs, in
+    their last phase.
+    """
+    best = frames["best"].assign(method=lambda rows: rows["attention"].replace("sat", "sat, best"))
+    others = pd.concat([frames["accuracy"], frames["accuracy_short"]], ignore_index=True)
+    others = others[others["task"].isin(set(best["task"]))]
+    rows = pd.concat([others.assign(method=others["attention"].replace("sat", "sat, released")), best])
+    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows))
+    lines = []
+    for task in dict.fromkeys(best["task"]):
+        of_task = rows[rows["task"] == task]
+        ours = of_task.loc[of_task["method"] == "sat, best", "percent"]
+        means = of_task.groupby("method")["percent"].mean().sort_values(ascending=False)
+        for method in means.index:
+            part = of_task[of_task["method"] == method]
+            switched, fast = part["transition_step"].dropna(), part.loc[part["step"] == "fast", "step_ms"]
+            lines.append(
+                {
+                    "task": TASK_NAMES.get(task, task),
+                    "attention": method,
+                    "runs": len(part),
+                    "test %": f"{part['percent'].mean():.2f}",
+                    "deviation": f"{part['percent'].std(ddof=1):.2f}" if len(part) > 1 else "-",
+                    "best gains": "-" if method == "sat, best" else difference(ours, part["percent"]),
+                    "switched at step": f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-",
+                    "step ms": "-" if fast.empty else f"{fast.median():.2f}",
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def difference(ours: pd.Series, others: pd.Series) -> str:
+    """Of two means, with its standard error where both are of two runs or more."""
+    found = f"{ours.mean() - others.mean():+.2f}"
+    if min(len(ours), len(others)) < 2:
+        return found
+    return f"{found} ± {np.hypot(ours.sem(ddof=1), others.sem(ddof=1)):.2f}"
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------
@@ -223,8 +297,8 @@ def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         line[0].set_ylabel(TASK_NAMES.get(task, task))
     for axis in axes[-1]:
         axis.set_xlabel("step of the dense phase")
-    handles = [axes[0, 0].plot([], [], color=colour, label=init)[0] for init, colour in INITS.items()]
-    handles.append(axes[0, 0].plot([], [], "--", color="0.5", label="best that W^P (W^P)^T can be")[0])
+    handles = [Line2D([], [], color=colour, label=init) for init, colour in INITS.items()]
+    handles.append(Line2D([], [], color="0.5", linestyle="--", label="best that W^P (W^P)^T can be"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure, drawn
 

@@ -295,26 +295,7 @@ def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, drawn
 
 
-# ---- 06, 07: ablations and scaling -----------------------------------------------------------------------------------
-
-
-def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Accuracy and transition step against each setting, the others at the task's own values."""
-    drawn = rows[["task", "setting", "value", "seed", "test_accuracy", "transition_step", "phase"]].copy()
-    drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
-    settings = list(dict.fromkeys(drawn["setting"]))
-    figure, axes = new(PAGE, 2.6, 2, len(settings), sharey="row")
-    for column, setting in enumerate(settings):
-        part = drawn[drawn["setting"] == setting].sort_values("value")
-        for axis, name in zip(axes[:, column], ("accuracy_percent", "transition_step"), strict=True):
-            axis.plot(range(len(part)), part[name].astype(float), "o-", color=PALETTE["sat"], markersize=3.5)
-            axis.set(xticks=range(len(part)), xticklabels=[f"{value:g}" for value in part["value"]])
-            axis.margins(x=0.25)
-            sns.despine(ax=axis)
-        axes[1, column].set_xlabel(setting)
-    axes[0, 0].set_ylabel("test accuracy (%)")
-    axes[1, 0].set_ylabel("transition at step")
-    return figure, drawn
+# ---- 07: scaling -----------------------------------------------------------------------------------------------------
 
 
 def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:

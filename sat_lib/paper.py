@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, files, map_figures, parallel_figures, pattern_figures, verdict_figures, verdicts
+from . import (
+    ablation_figures,
+    experiments,
+    figures,
+    files,
+    map_figures,
+    parallel_figures,
+    pattern_figures,
+    verdict_figures,
+    verdicts,
+)
 from .errors import require
 
 # stage -> experiment whose rows it draws, which of them (None: all), and how
@@ -17,7 +27,8 @@ FIGURES = {
     "03_accuracy_short": ("accuracy_short", None, partial(figures.accuracy, published=False)),
     "04_step_time": ("step", None, figures.step_time),
     "05_time_breakdown": ("kernels", {"sweep": "operations"}, figures.time_breakdown),
-    "06_ablations": ("ablations", None, figures.ablations),
+    "06_ablations": ("ablations", None, ablation_figures.ablations),
+    "06_diagnosis": ("diagnosis", None, ablation_figures.diagnosis),
     "07_scaling": ("kernels", {"sweep": "length"}, figures.scaling),
     "07_data_parallel": ("data_parallel", {"sweep": "step"}, parallel_figures.data_parallel),
     "08_explore": ("patterns", None, pattern_figures.patterns),
@@ -29,13 +40,16 @@ TABLES = {
     "03_accuracy_table": ("accuracy", figures.accuracy_table),
     "03_accuracy_short_table": ("accuracy_short", partial(figures.accuracy_table, published=False)),
     "04_step_time_table": ("step", figures.step_table),
+    "06_ablations_table": ("ablations", ablation_figures.ablation_table),
+    "06_diagnosis_table": ("diagnosis", ablation_figures.diagnosis_table),
     "07_data_parallel_table": ("data_parallel", parallel_figures.steps_table),
     "07_data_parallel_runs": ("data_parallel", parallel_figures.runs_table),
     "09_finetuning_table": ("finetuning", map_figures.finetuning_table),
     "09_finetuning_steps": ("pretrained_step", map_figures.pretrained_step_table),
 }
 # name -> how the rows of all experiments are summed up
-VERDICT_TABLES = {"verdicts": verdicts.verdict_table, "verdicts_short": verdicts.short_table}
+SUMMARIES = {"verdicts": verdicts.verdict_table, "verdicts_short": verdicts.short_table}
+SUMMARIES |= {"06_best_table": ablation_figures.best_table}
 
 DOCUMENTS = ("README.md", "REPRODUCE.md")
 QUOTED = re.compile(r"(<!-- (figures/paper/[\w.]+\.md) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -83,8 +97,10 @@ def _draw_kernel_table(root: Path) -> None:
 def _draw_verdicts(root: Path) -> None:
     """What all rows say of the paper's claims: the tables, which without rows say "not run", and the figure."""
     frames = all_rows(root)
-    for name, make in VERDICT_TABLES.items():
-        figures.save_table(name, "paper", make(frames), root)
+    for name, make in SUMMARIES.items():
+        table = make(frames)
+        if len(table):
+            figures.save_table(name, "paper", table, root)
     rows = verdict_figures.figure_rows(frames)
     if len(rows):
         figures.save("verdicts_figure", "paper", *verdict_figures.verdict_figure(frames), rows, root)
@@ -92,7 +108,8 @@ def _draw_verdicts(root: Path) -> None:
 
 def all_rows(root: Path = files.ROOT) -> dict[str, pd.DataFrame]:
     """Experiment -> its rows."""
-    return {name: experiments.rows(name, "paper", measure=False, root=root) for name in verdicts.SOURCES}
+    names = (*verdicts.SOURCES, "best")
+    return {name: experiments.rows(name, "paper", measure=False, root=root) for name in names}
 
 
 def smoke_table(row: dict) -> pd.DataFrame:

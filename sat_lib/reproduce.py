@@ -79,9 +79,14 @@ STAGES = (
     ),
     _figure(
         "06_ablations",
-        "Test accuracy and the step of the transition as theta, delta, the density and the block size change one at a "
-        "time: a higher theta switches later, a wider delta earlier, the density doesn't move it.",
+        "Where the accuracy comes from: what W^P learns with the released and with a calibrated start, and the test "
+        "accuracy by layout, rule for pruned entries, transition, density and block size. Layouts that hold most "
+        "attention are not the accurate ones.",
         2,
+        "06_ablations_table",
+        "06_diagnosis_table",
+        figures=("06_diagnosis",),
+        experiments=("ablations", "diagnosis", "best"),
     ),
     _figure(
         "07_scaling",

@@ -305,7 +305,7 @@ def test_every_verdict_is_one_of_four_words_and_every_command_can_be_given(commi
 @pytest.mark.parametrize(("document", "name"), [("REPRODUCE.md", "verdicts"), ("README.md", "verdicts_short")])
 def test_the_documents_quote_what_the_committed_rows_give(document, name, committed):
     """`test_cli` holds the documents against figures/paper; this holds figures/paper against the rows."""
-    text = paper.figures.to_markdown(paper.VERDICT_TABLES[name](committed))
+    text = paper.figures.to_markdown(paper.SUMMARIES[name](committed))
     assert text in (files.ROOT / document).read_text(), "run `make figures`"
 
 
