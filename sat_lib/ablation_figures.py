@@ -61,11 +61,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def step_ms(rows: pd.DataFrame) -> list[float]:
     """Milliseconds of a step of each run's last phase."""
     found = []
-    for _, row in rows.iterrows():
+    for row in _each(rows):
         steps, at, seconds = _steps(row), row["transition_step"], row["seconds"]
         sparse = not pd.isna(at) and seconds["sparse"] > 0
         found.append(1000 * seconds["sparse"] / (steps - at - 1) if sparse else 1000 * seconds["dense"] / steps)
     return found
+
+
+def _each(rows: pd.DataFrame) -> list[pd.Series]:
+    return [row for _, row in rows.iterrows()]
 
 
 def _steps(row: pd.Series) -> int:
@@ -83,7 +87,7 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     layouts = drawn[drawn["group"] == "layout"]
     heights = [0.9 + 0.17 * (layouts["task"] == task).sum() for task in tasks]
     style()
-    figure = Figure(figsize=(PAGE, sum(heights) + 0.4), layout="constrained")
+    figure = Figure(figsize=(PAGE, sum(heights) + 0.5), layout="constrained")
     for part, task in zip(np.atleast_1d(figure.subfigures(len(tasks), 1, height_ratios=heights)), tasks, strict=True):
         of_task, single = drawn[drawn["task"] == task], rows[rows["task"] == task]
         axes = part.subplots(1, 4, width_ratios=[1.25, 1, 1, 1])
@@ -95,7 +99,7 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     points = {"marker": "o", "markersize": 4, "linestyle": ""}
     handles = [Line2D([], [], color=colour, label=kind, **points) for kind, (_, colour) in KINDS.items()]
     handles.append(Line2D([], [], color=PALETTE["dense"], linestyle=":", label="dense attention"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     return figure, drawn
 
 
@@ -225,19 +229,21 @@ def _texts(values: pd.Series, form: str) -> list[str]:
 
 def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The preset "best" beside every attention on the same task and in as many steps, from `accuracy`,
-    `accuracy_short` and `best`.
+    `accuracy_short` and `best`; empty without rows of the last.
 
     "best gains": its mean over that line's, with the standard error of the difference. "step ms": of fast runs, in
     their last phase.
     """
+    if frames["best"].empty:
+        return pd.DataFrame()
     best = frames["best"].assign(method=lambda rows: rows["attention"].replace("sat", "sat, best"))
     others = pd.concat([frames["accuracy"], frames["accuracy_short"]], ignore_index=True)
-    others = others[others["task"].isin(set(best["task"]))]
-    rows = pd.concat([others.assign(method=others["attention"].replace("sat", "sat, released")), best])
-    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows))
+    others = others.assign(method=others["attention"].replace("sat", "sat, released")) if len(others) else others
+    rows = pd.concat([others, best])
+    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows), steps=list(map(_steps, _each(rows))))
     lines = []
-    for task in dict.fromkeys(best["task"]):
-        of_task = rows[rows["task"] == task]
+    for task, steps in dict.fromkeys(zip(best["task"], map(_steps, _each(best)), strict=True)):
+        of_task = rows[(rows["task"] == task) & (rows["steps"] == steps)]
         ours = of_task.loc[of_task["method"] == "sat, best", "percent"]
         means = of_task.groupby("method")["percent"].mean().sort_values(ascending=False)
         for method in means.index:
@@ -246,6 +252,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
             lines.append(
                 {
                     "task": TASK_NAMES.get(task, task),
+                    "steps": steps,
                     "attention": method,
                     "runs": len(part),
                     "test %": f"{part['percent'].mean():.2f}",
@@ -272,14 +279,14 @@ def difference(ours: pd.Series, others: pd.Series) -> str:
 def diagnosis_lines(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per task, initialisation, seed, step and layer, with the columns of `pattern.diagnose`."""
     parts = []
-    for _, row in rows.iterrows():
+    for row in _each(rows):
         place = {"task": row["task"], "init": row["model"]["sparsity_init"], "seed": row["seed"]}
         parts.append(pd.DataFrame(row["columns"]).assign(**place))
     return pd.concat(parts, ignore_index=True)
 
 
 def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """What R~ has learnt over the steps, a line per layer and seed; dashed: the most that R~'s form can hold."""
+    """What R~ has learnt over the steps, a line per layer and seed; dashed: the nearest map of its form."""
     drawn = diagnosis_lines(rows)
     tasks = list(dict.fromkeys(drawn["task"]))
     figure, axes = new(PAGE, 0.5 + 1.5 * len(tasks), len(tasks), len(DIAGNOSES), sharex="row")
@@ -298,8 +305,8 @@ def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for axis in axes[-1]:
         axis.set_xlabel("step of the dense phase")
     handles = [Line2D([], [], color=colour, label=init) for init, colour in INITS.items()]
-    handles.append(Line2D([], [], color="0.5", linestyle="--", label="best that W^P (W^P)^T can be"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    handles.append(Line2D([], [], color="0.5", linestyle="--", label="nearest that W^P (W^P)^T can be"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return figure, drawn
 
 
@@ -318,7 +325,7 @@ def diagnosis_table(rows: pd.DataFrame) -> pd.DataFrame:
                 "step": int(mean["step"]),
                 "mass kept %": f"{100 * mean['mass_kept']:.1f}",
                 "best layout %": f"{100 * mean['best_mass']:.1f}",
-                "best that the form can %": f"{100 * mean['form_mass']:.1f}",
+                "nearest of the form %": f"{100 * mean['form_mass']:.1f}",
                 "overlap with the best": f"{mean['overlap']:.2f}",
                 "correlation": f"{mean['correlation']:.2f}",
                 "mean of R~ / of R": f"{mean['scale']:.3g}",

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import datasets
+from . import datasets, distributed
 from .baselines import BASELINES
 from .layout import BlockLayout
 from .pattern import diagnose, mass_kept
@@ -126,25 +126,27 @@ def _changes(group: str, value, length: int, run: dict) -> tuple[dict, dict]:
     if group == "schedule":
         return {"schedule_after": value}, {}
     if group == "block":
-        return {"density": 1 / -(-length // value)}, {"block": value}
+        return {"density": value / length}, {"block": value}
     if group in ("theta", "delta"):
         return {"switch_at": None, "switch_rule": "stable", group: value}, {}
     return {"switch_at": None} if group == "rule" else {group: value}, {}
 
 
 def ablate(case: dict, context: Context) -> dict:
-    """`train`, the dense phase shared with the other cases, with `layout_figures` in place of the maps and the
-    evaluations alone of the history."""
-    result = train(case, context, context.training_folder / "dense-phases")
-    evaluations = [line for line in result["history"] if "dev_accuracy" in line]
-    return result | {"history": evaluations} | layout_figures(result.pop("maps"))
+    """`train`, with `layout_figures` in place of the maps and the evaluations alone of the history. A process that
+    trains by itself shares the dense phase with the other cases."""
+    shared = context.training_folder / "dense-phases" if distributed.size() == 1 else None
+    result = train(case, context, shared)
+    maps = result.pop("maps")
+    result["history"] = [line for line in result["history"] if "dev_accuracy" in line]
+    return result | layout_figures(maps)
 
 
 def layout_figures(maps: dict) -> dict[str, float]:
     """Of the layouts at the transition, means over layers and heads; nothing where there was none.
 
-    `mass_kept` of the attention then and `density`, `diagonal`: share of the kept blocks, `distinct_columns`: share of
-    the block columns that some row keeps, `empty_rows`.
+    `mass_kept` of the map then, the mean over batch and heads, whatever head the layout is for; `density`; `diagonal`:
+    share of the kept blocks; `distinct_columns`: share of the block columns that some row keeps; `empty_rows`.
     """
     if "kept" not in maps:
         return {}
@@ -203,7 +205,8 @@ def diagnosis_cases(profile: str) -> list[dict]:
 
 
 def diagnose_run(case: dict, context: Context) -> dict:
-    """What R~ has learnt, step by step: `columns`, with step, layer and the names of `pattern.diagnose`."""
+    """What R~ has learnt after so many steps, beside the map of the last of them: `columns`, with step, layer and the
+    names of `pattern.diagnose`."""
     config = case_config(case)
     trainer, lines = Trainer(config, load_data(config), context.device), []
     for step in range(1, case["steps"] + 1):
@@ -211,7 +214,8 @@ def diagnose_run(case: dict, context: Context) -> dict:
         if step % case["every"] == 0:
             pooled = [pool_blocks(mean_map, config.model.block) for mean_map in trainer.rule.maps]
             for layer, (parameter, target) in enumerate(zip(trainer.model.sparsity_parameters, pooled, strict=True)):
-                seen = diagnose(parameter().detach() / parameter.scale, target, config.recipe.density)
+                scores, width = parameter().detach() / parameter.scale, parameter.weight.shape[1]
+                seen = diagnose(scores, target, config.recipe.density, width)
                 lines.append({"step": step, "layer": layer} | {name: round(value, 5) for name, value in seen.items()})
     columns = {name: [line[name] for line in lines] for name in lines[0]}
     return {"density": config.recipe.density, "columns": columns, **datasets.provenance(config.recipe.task)}

@@ -28,10 +28,10 @@ class ModelConfig:
     `attention` names an entry of `attention.ATTENTION`. For "sat", `sparsity_width` is the width of W^P: "head" (d,
     released; the published parameter counts need it) or "embedding" (D, paper); `sparsity_init` an entry of
     `pattern.INITIALISATIONS`; `sparsity_target` what W^P is trained to foretell: "attention", the pooled map, or
-    "correlation" (see `reference.block_correlation`). `block` is BigBird's and LSG's too;
-    `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are Longformer's,
-    `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three is "kernel"
-    or "library" (see `baselines`).
+    "correlation", `reference.block_correlation` (of several processes, the mean of their shares'). `block` is BigBird's
+    and LSG's too; `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are
+    Longformer's, `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three
+    is "kernel" or "library" (see `baselines`).
     """
 
     vocab: int
@@ -154,9 +154,8 @@ class SelfAttention(nn.Module):
         self.sparsity = None
         if config.attention == "sat":
             width = config.width // config.heads if config.sparsity_width == "head" else config.width
-            calibrated = config.sparsity_init == "calibrated" and config.sparsity_target == "attention"
-            scale = config.length if calibrated else 1.0  # a correlation is of the order of 1 as it is
-            self.sparsity = SparsityParameter(config.blocks, width, config.sparsity_init, scale)
+            length = config.length if config.sparsity_target == "attention" else None
+            self.sparsity = SparsityParameter(config.blocks, width, config.sparsity_init, length)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, width) -> q, k, v, each (B, H, L, d)."""

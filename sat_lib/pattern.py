@@ -33,17 +33,18 @@ class SparsityParameter(nn.Module):
         blocks: N, block rows (and columns) of the attention map.
         width: columns of W^P; the head size d in the released code, the embedding size D in the paper.
         init: name in `INITIALISATIONS`. "released" draws uniformly from [0, 1), "calibrated" starts R~ near 1.
-        scale: what the target is multiplied by. Each row of the attention map sums to 1, so that the mean of the
-            pooled map is 1 / L in every task, and with L as scale it is where "calibrated" starts.
+        length: L, where it is to foretell an attention map; None, where the target is of the order of 1 already. Rows
+            of the map sum to 1, so that the mean of the pooled map is 1 / L in every task. "calibrated" multiplies the
+            target by L (`scale`), which puts its mean where R~ starts; "released" leaves it.
 
     Calling it returns R~ = W^P (W^P)^T, (N, N), symmetric to the last bit and in full precision under autocast too:
     its entries differ by less than bfloat16 can tell.
     """
 
-    def __init__(self, blocks: int, width: int, init: str = "released", scale: float = 1.0):
+    def __init__(self, blocks: int, width: int, init: str = "released", length: int | None = None):
         super().__init__()
         require(init in INITIALISATIONS, f"init: wanted one of {sorted(INITIALISATIONS)}; got {init!r}")
-        self.scale = scale
+        self.scale = float(length) if init == "calibrated" and length is not None else 1.0
         self.weight = nn.Parameter(torch.empty(blocks, width))
         with torch.no_grad():
             INITIALISATIONS[init](self.weight)
@@ -98,13 +99,13 @@ def generate_layout(scores: Tensor, density: float, block: int, budget: str = "b
 
     Args:
         scores: (R, C), one pattern for all heads; or (H, R, C), one for each: a head is dealt blocks that no head
-            before it has, as long as there are any.
+            before it has, as far as the budget allows.
         budget: name in `BUDGETS`. "blocks", as released: the largest scores, wherever they are; no row is guaranteed a
             block. "rows": the largest of each row, so many from all of them. "balanced": so many from each row and from
             each column, together the highest sum; needs as many rows as columns.
 
-    Ties go to the entry that comes first row by row, so that the same scores give the same layout on every device:
-    R~ is symmetric, and where the count is odd one of two mirror entries is left out.
+    The same scores give the same layout on every device. Ties go to the entry that comes first row by row (in
+    "balanced", to SciPy's choice): R~ is symmetric, and where the count is odd one of two mirror entries is left out.
 
     Raises:
         InputError: scores are not finite, density is outside (0, 1], or so small that no block is kept.
@@ -116,7 +117,7 @@ def generate_layout(scores: Tensor, density: float, block: int, budget: str = "b
     *_, rows, columns = scores.shape
     square = rows == columns or budget != "balanced"
     require(square, f"budget: 'balanced' wants as many block rows as columns; got {rows} x {columns}")
-    kept = int(rows * columns * density)
+    kept = int(rows * columns * density + 1e-6)  # 49 x 49 x (1 / 49) is a little less than 49
     require(
         kept > 0,
         f"density: {density} of {rows * columns} blocks keeps none; wanted at least {1 / (rows * columns):.3g}. "
@@ -132,7 +133,7 @@ def generate_layout(scores: Tensor, density: float, block: int, budget: str = "b
 
 def _behind(scores: np.ndarray, taken: np.ndarray) -> np.ndarray:
     """Scores in which what is taken comes behind all others, in its own order, whatever else a sum of rows gains."""
-    return np.where(taken, scores - (1 + np.ptp(scores)) * (1 + len(scores)), scores)
+    return np.where(taken, scores - (np.ptp(scores) or 1) * (2 + len(scores)), scores)
 
 
 def _largest(scores: np.ndarray, kept: int) -> np.ndarray:
@@ -256,18 +257,18 @@ def overlap(layout: BlockLayout, other: BlockLayout) -> float:
     return float((layout.grid & other.grid).sum() / layout.kept_blocks)
 
 
-def diagnose(scores: Tensor, pooled: Tensor, density: float) -> dict[str, float]:
-    """What R~ has learnt of a pooled map, both (N, N), and what its largest entries would keep.
+def diagnose(scores: Tensor, pooled: Tensor, density: float, width: int) -> dict[str, float]:
+    """What R~ has learnt of a pooled map, both (N, N), and what its largest entries would keep; W^P is (N, width).
 
     Returns:
         correlation: of all entries of R~ with those of the map. scale: mean of R~ / mean of the map. mass_kept: share
         of the map in the blocks of the largest scores. best_mass: in as many blocks that hold most. form_mass: in
-        those that the nearest map which W^P (W^P)^T can be would choose: symmetric, without negative eigenvalues.
+        those that `nearest_form` would choose, to which the loss would bring R~; others of its form may hold more.
         overlap: of the first blocks with the second. diagonal: share of the chosen blocks on the diagonal.
         empty_rows: block rows without a block.
     """
     scores, pooled = scores.double().cpu(), pooled.double().cpu()
-    chosen, best, formed = (generate_layout(x, density, 1) for x in (scores, pooled, nearest_form(pooled)))
+    chosen, best, formed = (generate_layout(x, density, 1) for x in (scores, pooled, nearest_form(pooled, width)))
     pair = torch.stack([scores.flatten(), pooled.flatten()])
     return {
         "correlation": float(torch.corrcoef(pair)[0, 1]),
@@ -281,10 +282,13 @@ def diagnose(scores: Tensor, pooled: Tensor, density: float) -> dict[str, float]
     }
 
 
-def nearest_form(target: Tensor) -> Tensor:
-    """The symmetric matrix without negative eigenvalues that is nearest to `target` (N, N) by the sum of squares.
+def nearest_form(target: Tensor, width: int) -> Tensor:
+    """What W^P (W^P)^T can be, W^P (N, width), that is nearest to `target` (N, N) by the sum of squares: symmetric,
+    without negative eigenvalues, at most `width` above 0.
 
-    Source: Higham 1988, "Computing a nearest symmetric positive semidefinite matrix", theorem 2.1.
+    Source: Higham 1988, "Computing a nearest symmetric positive semidefinite matrix", theorem 2.1; Eckart and Young
+    1936 for the rank.
     """
-    values, vectors = torch.linalg.eigh((target + target.T).double() / 2)
+    values, vectors = torch.linalg.eigh((target + target.T).double() / 2)  # ascending
+    values[:-width] = 0
     return (vectors * values.clamp(min=0)) @ vectors.T

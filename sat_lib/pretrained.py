@@ -230,7 +230,7 @@ class SparseAttention(nn.Module):
             blocks = -(-self.length // block)
             generate_layout(torch.zeros(blocks, blocks), density, block)  # refuses a density that keeps no block
             self.sparsity = nn.ModuleList(
-                SparsityParameter(blocks, q.shape[3], sparsity_init).to(q.device) for _ in self._places
+                SparsityParameter(blocks, q.shape[3], sparsity_init, self.length).to(q.device) for _ in self._places
             )
         except BaseException:
             self.detach()

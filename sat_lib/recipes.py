@@ -171,16 +171,13 @@ def best_settings(blocks: int) -> dict[str, dict]:
 def dense_phase(config: RunConfig) -> RunConfig:
     """The run that never leaves the dense phase, and until `config` does takes the very same steps.
 
-    Two configurations with the same one differ in nothing before their transition. What W^P learns is left out where
-    it isn't what the pattern comes from: the model doesn't depend on it.
+    Two configurations with the same one differ in nothing before their transition.
     """
     published = PUBLISHED[config.recipe.task]
     late = ("density", "theta", "delta", "schedule_after", "switch_rule")
     late += ("pattern", "pattern_budget", "pattern_heads", "pattern_refresh")
     recipe = replace(config.recipe, switch_at=config.recipe.steps, **{name: getattr(published, name) for name in late})
-    learnt = ("pruned",) if config.recipe.pattern == "learned" else ("pruned", "sparsity_init", "sparsity_target")
-    defaults = {name: ModelConfig.__dataclass_fields__[name].default for name in learnt}
-    return RunConfig(replace(config.model, **defaults), recipe)
+    return RunConfig(replace(config.model, pruned=ModelConfig.__dataclass_fields__["pruned"].default), recipe)
 
 
 def config_from_dict(values: dict) -> RunConfig:

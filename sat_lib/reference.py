@@ -355,18 +355,20 @@ def block_correlation(v: Tensor, block: int, key_padding_mask: Tensor | None = N
     """Correlation of the blocks' mean values over the batch, (N, N) float32: symmetric, no negative eigenvalues.
 
     v is (B, H, L, d), padding tokens counted as zeros; covariances are summed over heads and head size before they are
-    divided. A block that is the same in all examples, such as one that is always padding, has no correlation: 0.
+    divided. A block that is the same in all examples but for rounding, such as one that is always padding, has no
+    correlation: 0.
     """
     values = v.float()
     if key_padding_mask is not None:
         values = values * key_padding_mask[:, None, :, None]
     means = F.avg_pool1d(values.transpose(2, 3).flatten(0, 1), block, ceil_mode=True)  # (B * H, d, N)
     means = means.reshape(len(v), -1, means.shape[-1])
+    rounding = 1e-6 * means.square().sum((0, 1)).max().sqrt()
     means = (means - means.mean(0)).flatten(0, 1)  # (B * H * d, N)
     with torch.autocast(v.device.type, enabled=False):
         covariance = means.T @ means
     deviation = covariance.diagonal().sqrt()
-    varies = deviation > 1e-6 * deviation.max()
+    varies = deviation > rounding
     scale = torch.where(varies, 1 / deviation.where(varies, 1), 0)
     return (covariance + covariance.T) / 2 * (scale * scale[:, None])
 

@@ -60,8 +60,9 @@ def fit(
             model as it is after so many steps (0: before the first) in files of their own, see `snapshot_path`.
         step: "auto", "fast" or "plain", see `train.Trainer`.
         shared: a folder of dense phases. A run that is forced to switch (`switch_at`) begins where another with the
-            same dense phase was before the step of its transition, and the first such run leaves that there. It ends
-            as it would by itself, random numbers included; its seconds count the shared steps too. For one process.
+            same dense phase, kind of step and of device was before the step of its transition, and the first such run
+            leaves that there. It ends as it would by itself, random numbers included; its seconds count the shared
+            steps too. For one process, without `stop_at` and `snapshots`.
 
     Returns:
         The content of result.json.
@@ -73,6 +74,8 @@ def fit(
         OSError: a checkpoint could not be written; the one before is whole.
     """
     folder = Path(folder)
+    alone = shared is None or (stop_at is None and not snapshots and distributed.size() == 1)
+    require(alone, "shared: wanted a whole run of one process, without stop_at and snapshots. Leave it out")
     beyond = [step for step in snapshots if not 0 <= step <= config.recipe.steps]
     require(not beyond, f"snapshots: wanted steps from 0 to {config.recipe.steps}; got {beyond}")
     with contextlib.ExitStack() as stack:
@@ -109,10 +112,8 @@ def _begin_with_shared(
     config: RunConfig, data: Splits, folder: Path, device: torch.device, step: str, shared: Path
 ) -> None:
     """Put the checkpoint before the transition into a run's folder, with the metrics and best model until then."""
-    processes = distributed.size()
-    require(processes == 1, f"shared: dense phases are shared by runs of one process; got {processes} processes")
     dense = dense_phase(config)
-    phases, at = Path(shared) / dense.name, config.recipe.switch_at
+    phases, at = Path(shared) / f"{dense.name}-{device.type}-{step}", config.recipe.switch_at
     source = phases / f"before-{at:06}"
     with files.lock(phases / "lock", f"training in {phases}", wait=True, quiet=True):
         if not source.exists():
@@ -122,9 +123,10 @@ def _begin_with_shared(
                 shutil.copytree(max(earlier), work)
             fit(dense, data, work, device, progress=False, stop_at=at, step=step)
             work.rename(source)
-    for name in ("metrics.jsonl", "best-dense.pt"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+    if (source / "best-dense.pt").exists():
+        best = load_checkpoint(source / "best-dense.pt", torch.device("cpu"))
+        save_checkpoint(folder / "best-dense.pt", best | {"config": config.as_dict()})
+    shutil.copyfile(source / "metrics.jsonl", folder / "metrics.jsonl")
     state = load_checkpoint(source / "last.pt", torch.device("cpu"))
     state["trainer"]["config"] = config.as_dict()
     save_checkpoint(folder / "last.pt", state)  # last: it says that the others are there

@@ -1,7 +1,7 @@
 """How much each block of a layer's attention map matters, by what is meant with that: scores for the generator.
 
-    attention    mean mass, the paper's target of R~
-    excess       mean mass beyond the mean of its block column: what the key's position alone doesn't explain
+    attention    mean mass, which the paper's R~ foretells; here without the rows of padding queries
+    excess       mean mass beyond that of its block column: what the key's position alone doesn't explain
     content      standard deviation of the mass over the examples
     value        how far the block moves its queries' outputs: |sum over its keys of A^s (v - output)|
     taylor       how much the loss would rise without the block, to first order: -sum of A^s dL/dA^s
@@ -27,7 +27,8 @@ from .reference import attention_map, block_correlation
 
 SIGNALS = ("attention", "excess", "content", "value", "taylor", "gradient", "fisher", "gate", "correlation")
 CHUNK_ENTRIES = 2**25  # of a layer's maps at a time: 128 MiB in float32
-GATE_STEPS, GATE_RATE, GATE_BATCH = 100, 0.05, 64
+BATCH = 64  # examples at a time where no map is written out, and in a step of the gate
+GATE_STEPS, GATE_RATE = 100, 0.05
 
 
 def block_signal(model: Encoder, name: str, tokens: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
@@ -65,7 +66,8 @@ def block_signal(model: Encoder, name: str, tokens: Tensor, labels: Tensor, seed
 
 def _plain_copy(model: Encoder) -> Encoder:
     """The model with PyTorch's modules, for evaluation in its parameters' precision, in the same phase."""
-    probe = Encoder(model.config).to(model.token.weight.device)
+    with torch.random.fork_rng(devices=[]):  # its first weights, which are replaced, must not cost random numbers
+        probe = Encoder(model.config).to(model.token.weight.device)
     if model.layouts is not None:
         probe.enter_sparse_phase(model.layouts)
     probe.load_state_dict(model.state_dict())
@@ -172,7 +174,7 @@ def _learn_gate(probe: Encoder, tokens: Tensor, labels: Tensor, seed: int) -> Te
     optimiser = torch.optim.Adam([gate], GATE_RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(GATE_STEPS):
-        some = torch.randperm(len(tokens), generator=generator)[:GATE_BATCH].to(tokens.device)
+        some = torch.randperm(len(tokens), generator=generator)[:BATCH].to(tokens.device)
         with torch.enable_grad():
             loss = F.cross_entropy(probe(tokens[some]).logits, labels[some])
         (gate.grad,) = torch.autograd.grad(loss, gate)
@@ -192,7 +194,7 @@ def _correlations(probe: Encoder, tokens: Tensor) -> Tensor:
     for part in probe.layers:
         part.attention.register_forward_pre_hook(look)
     with torch.no_grad():
-        for some in tokens.split(GATE_BATCH):
+        for some in tokens.split(BATCH):
             probe(some)
     scores = []
     for layer in values:

@@ -369,7 +369,7 @@ class Trainer:
         """
         check_same_config(state["config"], self.config)
         require(
-            isinstance(state["rng"], list) and "dev_loss" in state,
+            isinstance(state["rng"], list),
             "checkpoint: an earlier version of sat_lib wrote it. Finish that run with that version, or delete it",
         )
         require(
@@ -377,7 +377,7 @@ class Trainer:
             "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
         )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
-        self.dev_loss, self.overfitting = state["dev_loss"], state["overfitting"]
+        self.dev_loss, self.overfitting = state.get("dev_loss"), state.get("overfitting", False)  # older: neither
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
         self.model.load_state_dict(state["model"])

@@ -42,6 +42,7 @@ SHORT_RUN = {"steps": 1_000, "eval_every": 50}  # of a text set, for what a user
 
 
 def run_case(task_name: str, attention: str, seed: int, profile: str, **changes) -> dict:
+    """A case: a run of a task's recipe, or `SMOKE_RUN`'s, with changes by name; `model` holds those of the model."""
     settings = (SMOKE_RUN[task_name] if profile == "smoke" else {}) | changes
     model = settings.pop("model", {})
     if profile == "smoke" and attention in BASELINES:
@@ -86,6 +87,7 @@ def train(case: dict, context: Context, shared: Path | None = None) -> dict:
 
 
 def load_data(config: RunConfig) -> datasets.Splits:
+    """The run's splits. Of several processes the first prepares them where need be."""
     return distributed.first_alone(lambda: datasets.load(config.recipe.task, protocol=config.recipe.protocol))
 
 
