@@ -17,7 +17,7 @@ KINDS = {
     "measured on the dense model": ((), PALETTE["bigbird"]),
 }
 BASE = "correlation, learned"
-OTHERS = ("pruned", "schedule", "density", "block", "rule", "theta", "delta")
+OTHERS = ("pruned", "schedule", "density", "block", "mean_over", "rule", "theta", "delta")
 INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
 DIAGNOSES = {
     "mass_kept": "mass kept / best",

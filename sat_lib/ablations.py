@@ -65,6 +65,7 @@ PLANS = {
             "switch_at": (0, 100, 200),
             "density": (0.08, 0.25),
             "rule": ("overfit",),
+            "mean_over": ("real", "real, dense"),
         },
     },
     "smoke": {
@@ -102,9 +103,13 @@ def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, s
     small, run = _small(name, profile), plan["run"]
     base = run_config(name, "sat", model=small)
     best = best_settings(base.model.blocks)
-    cases = [("dense", "dense", "dense", small, {key: run[key] for key in run if key != "switch_at"})]
+    without_switch = {key: value for key, value in run.items() if key != "switch_at"}
+    cases = [("dense", "dense", "dense", small, without_switch)]
     for group, values in plan.items():
         for value in values if group != "run" else ():
+            if value == "real, dense":
+                cases.append((group, value, "dense", small | {"mean_over": "real"}, without_switch))
+                continue
             recipe, model = _changes(group, value, base.model.length, run)
             settings = best["recipe"] | run | recipe
             if settings["density"] is None:
@@ -129,6 +134,8 @@ def _changes(group: str, value, length: int, run: dict) -> tuple[dict, dict]:
         return {"density": value / length}, {"block": value}
     if group in ("theta", "delta"):
         return {"switch_at": None, "switch_rule": "stable", group: value}, {}
+    if group == "mean_over":
+        return {}, {"mean_over": value}
     return {"switch_at": None} if group == "rule" else {group: value}, {}
 
 

@@ -31,7 +31,8 @@ class ModelConfig:
     "correlation", `reference.block_correlation` (of several processes, the mean of their shares'). `block` is BigBird's
     and LSG's too; `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are
     Longformer's, `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three
-    is "kernel" or "library" (see `baselines`).
+    is "kernel" or "library" (see `baselines`). `mean_over` is what the mean over the positions divides by: "length",
+    all L, released; or "real", the tokens that aren't padding.
     """
 
     vocab: int
@@ -56,6 +57,7 @@ class ModelConfig:
     pattern_seed: int = 0
     sparsity_factor: int = 2
     implementation: str = "kernel"
+    mean_over: str = "length"
 
     def __post_init__(self):
         get_attention(self.attention)
@@ -75,6 +77,9 @@ class ModelConfig:
         require(
             self.sparsity_target in ("attention", "correlation"),
             f"sparsity_target: wanted 'attention' or 'correlation'; got {self.sparsity_target!r}",
+        )
+        require(
+            self.mean_over in ("length", "real"), f"mean_over: wanted 'length' or 'real'; got {self.mean_over!r}"
         )
         require(
             self.implementation in (IMPLEMENTATIONS if self.attention in BASELINES else ("kernel",)),
@@ -238,7 +243,8 @@ class Encoder(nn.Module):
     """Classifier over token sequences of one length.
 
     Token 0 is padding: it drops out of the mean over positions in every task, and out of the attention where
-    `config.masked_attention` says so. The mean divides by all L positions, as released.
+    `config.masked_attention` says so. The mean divides by all L positions, as released, unless `config.mean_over` says
+    otherwise.
 
     LSG prepends a learned token (of the width's size, without a position), the global one, to the sequence. Behind the
     last layer it takes the place of position 0, as in the published code; where that is padding, it drops out with it.
@@ -294,6 +300,8 @@ class Encoder(nn.Module):
             mean = masked_mean(x, real, self.norm, compiled=self.compiled and self.training)
         else:
             mean = (self.norm(x) * real[..., None]).mean(1)
+        if self.config.mean_over == "real":
+            mean = mean * (self.config.length / real.sum(1, keepdim=True).clamp(min=1))
         return Output(self.head(mean), seen if statistics else [])
 
     def _embed(self, tokens: Tensor) -> Tensor:

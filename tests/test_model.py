@@ -125,6 +125,24 @@ def test_padding_tokens_drop_out_of_the_mean_in_every_task():
     torch.testing.assert_close(nothing, model.head(torch.zeros(2, 16)))
 
 
+def test_the_mean_is_over_all_positions_or_over_real_tokens():
+    config = small()
+    torch.manual_seed(0)
+    model = Encoder(config).eval()
+    over_real = Encoder(small(mean_over="real")).eval()
+    over_real.load_state_dict(model.state_dict())
+    some = tokens(config)
+    some[0, 5:] = 0
+    some[1] = 0
+    means = []
+    for each in (model, over_real):
+        each.head.register_forward_pre_hook(lambda _, inputs: means.append(inputs[0]))
+        each(some)
+    torch.testing.assert_close(means[1][0], means[0][0] * config.length / 5)
+    torch.testing.assert_close(means[1][2], means[0][2] * config.length / (some[2] != 0).sum())
+    assert not means[1][1].any()
+
+
 def test_embeddings_start_at_the_published_scale():
     model = Encoder(model_config("cifar10"))
     assert model.token.weight.std().item() == pytest.approx(0.02, rel=0.05)

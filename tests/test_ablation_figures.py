@@ -1,0 +1,123 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from sat_lib import ablation_figures, ablations, experiments, paper
+
+
+def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, **more):
+    sparse = at is not None
+    return {
+        **{"task": task, "attention": "sat" if sparse else "dense", "seed": seed, "group": group, "value": value},
+        **{"test_accuracy": accuracy, "transition_step": float("nan") if at is None else at, "step": "fast"},
+        "seconds": {"dense": 10.0 if sparse else 30.0, "sparse": 0.004 * (steps - at - 1) if sparse else 0.0},
+        "history": [{"step": 0, "loss": 2.3}, {"step": steps, "dev_accuracy": 0.5}],
+        **{"mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
+    } | more
+
+
+@pytest.fixture
+def rows():
+    return pd.DataFrame(
+        [
+            row("dense", "dense", 0.40, at=None),
+            row("layout", "correlation, learned", 0.45),
+            row("layout", "correlation, learned", 0.47, seed=1),
+            row("layout", "attention, by row", 0.41, distinct_columns=0.2),
+            row("pruned", "zero", 0.44),
+            row("switch_at", 2_000, 0.48, at=2_000),
+            row("rule", "overfit", 0.43, at=1_500),
+            row("layout", "correlation, learned", 0.60, task="agnews"),
+        ]
+    )
+
+
+def test_every_layout_has_a_kind():
+    kinds = {label: ablation_figures.kind_of(label) for label in ablations.LAYOUTS}
+    assert kinds["calibrated"] == kinds["correlation, largest"] == "learnt by W^P"
+    assert kinds["near, own heads"] == kinds["diagonal"] == kinds["nearest"] == "by hand"
+    assert kinds["random, balanced"] == kinds["random, changing"] == "at random"
+    assert kinds["gate, by row"] == kinds["correlation, refreshed"] == "measured on the dense model"
+
+
+def test_summary_gives_mean_deviation_and_the_time_of_a_step_of_the_last_phase(rows):
+    found = ablation_figures.summary(rows).set_index(["task", "group", "value"])
+    base = found.loc[("cifar10", "layout", "correlation, learned")]
+    assert (base["runs"], base["percent"]) == (2, pytest.approx(46))
+    assert base["deviation"] == pytest.approx(np.sqrt(2))
+    assert base["step_ms"] == pytest.approx(4)
+    dense = found.loc[("cifar10", "dense", "dense")]
+    assert np.isnan(dense["deviation"]) and dense["step_ms"] == pytest.approx(10)
+
+
+def test_the_figure_draws_every_layout_by_accuracy_and_numbers_in_the_values(rows):
+    figure, drawn = ablation_figures.ablations(rows)
+    assert len(drawn) == 7
+    above = figure.subfigs[0].axes[0]
+    assert [label.get_text() for label in above.get_yticklabels()] == ["correlation, learned", "attention, by row"]
+    others = [label.get_text() for label in figure.subfigs[0].axes[3].get_yticklabels()]
+    assert others == ["base", "pruned zero", "rule overfit"]
+
+
+def test_the_table_has_the_best_of_a_group_first(rows):
+    table = ablation_figures.ablation_table(rows)
+    layouts = table[(table["task"] == "CIFAR-10") & (table["changed"] == "layout")]
+    assert list(layouts["test %"]) == ["46.00", "41.00"]
+    assert list(layouts["key blocks used %"]) == ["100", "20"]
+    assert table.loc[table["changed"] == "switch_at", "to"].item() == "2000"
+    assert table.loc[table["changed"] == "dense", "switched at step"].item() == "-"
+
+
+def test_conclusions_part_what_gained_from_what_did_not(rows):
+    base, better, worse = ablation_figures.conclusions(rows)[:3]
+    assert base == "CIFAR-10: 46.00 % with the base (2 runs)."
+    assert better == "Above it: switch_at 2000 +2.00."
+    assert worse == "Didn't help: pruned zero -2.00; rule overfit -3.00; attention, by row -5.00; dense -6.00."
+
+
+def test_a_difference_has_the_standard_error_of_two_means():
+    ours, others = pd.Series([1.0, 3.0]), pd.Series([0.0, 4.0, 2.0])
+    assert ablation_figures.difference(ours, others) == f"+0.00 ± {np.hypot(1, 2 / np.sqrt(3)):.2f}"
+    assert ablation_figures.difference(ours, others[:1]) == "+2.00"
+
+
+def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
+    best = pd.DataFrame([row("", "", accuracy, seed=seed) for seed, accuracy in enumerate((0.45, 0.47))])
+    others = [row("", "", 0.42), row("", "", 0.40, at=None), row("", "", 0.9, at=None, steps=9_999)]
+    frames = {"best": best, "accuracy": pd.DataFrame(others), "accuracy_short": pd.DataFrame()}
+    table = ablation_figures.best_table(frames).set_index("attention")
+    assert list(table["test %"]) == ["46.00", "42.00", "40.00"]
+    assert table.loc["sat, released", "best gains"] == "+4.00"
+    assert table.loc["sat, best", "best gains"] == "-"
+    assert ablation_figures.best_table(frames | {"best": pd.DataFrame()}).empty
+
+
+def test_tables_can_be_drawn_without_any_row(tmp_path):
+    paper._draw_verdicts(tmp_path)
+    assert (tmp_path / "figures/paper/verdicts.md").exists()
+    assert not (tmp_path / "figures/paper/06_best_table.md").exists()
+
+
+def test_the_diagnosis_is_drawn_by_task_and_initialisation():
+    names = ("correlation", "scale", "mass_kept", "best_mass", "form_mass", "overlap", "diagonal", "empty_rows")
+    rows = pd.DataFrame(
+        [
+            {"task": "cifar10", "model": {"sparsity_init": init}, "seed": seed}
+            | {"columns": {"step": [10, 20], "layer": [0, 0]} | {name: [0.5, value] for name in names}}
+            for seed in (0, 1)
+            for init, value in (("released", 0.25), ("calibrated", 1.0))
+        ]
+    )
+    figure, drawn = ablation_figures.diagnosis(rows)
+    assert len(drawn) == 8 and len(figure.axes) == 4
+    table = ablation_figures.diagnosis_table(rows).set_index("W^P starts")
+    assert list(table["mass kept %"]) == ["25.0", "100.0"]
+    assert list(table["step"]) == [20, 20] and list(table["runs"]) == [2, 2]
+
+
+def test_the_committed_rows_are_of_cases_that_there_are():
+    for name in ("ablations", "best", "diagnosis"):
+        rows = experiments.rows(name, "paper", measure=False)
+        stored = experiments.files.read_rows(experiments.files.ROOT / "data/results" / f"{name}.jsonl")
+        assert len(rows) == len(stored) > 0
+        assert not {"maps"} & set(rows.columns)
