@@ -102,7 +102,7 @@ def generate_layout(scores: Tensor, density: float, block: int, budget: str = "b
             before it has, as far as the budget allows.
         budget: name in `BUDGETS`. "blocks", as released: the largest scores, wherever they are; no row is guaranteed a
             block. "rows": the largest of each row, so many from all of them. "balanced": so many from each row and from
-            each column, together the highest sum; needs as many rows as columns.
+            each column, by one assignment of the highest sum after another; needs as many rows as columns.
 
     The same scores give the same layout on every device. Ties go to the entry that comes first row by row (in
     "balanced", to SciPy's choice): R~ is symmetric, and where the count is odd one of two mirror entries is left out.

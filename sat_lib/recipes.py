@@ -31,8 +31,8 @@ class Recipe:
     `pattern` says what the generator is given at the transition: "learned", R~; "near", nearness to the diagonal;
     "random" scores; or a name in `signals.SIGNALS`, measured on `PROBE_EXAMPLES` training examples. `pattern_budget` is
     the generator's, see `pattern.generate_layout`; `pattern_heads` "shared" (one pattern a layer) or "own" (one a
-    head, of blocks that no other head has). `pattern_refresh` makes new layouts every so many steps of the sparse
-    phase; for patterns that can differ by then, all but "learned" and "near".
+    head, of other blocks than the heads before it as far as the budget allows). `pattern_refresh` makes new layouts
+    every so many steps of the sparse phase; for patterns that can differ by then, all but "learned" and "near".
     `protocol` names the splits, see `datasets.load`; "published" also drops the last incomplete test batch.
     """
 

@@ -11,8 +11,11 @@ from conftest import tiny_config, tiny_splits
 
 from sat_lib.attention import ATTENTION
 from sat_lib.errors import InputError
-from sat_lib.pattern import sparsity_loss
-from sat_lib.recipes import PUBLISHED, config_from_dict, run_config
+from sat_lib.model import Encoder
+from sat_lib.pattern import LOSS_WEIGHT, generate_layout, nearness, sparsity_loss
+from sat_lib.recipes import PUBLISHED, best_settings, config_from_dict, dense_phase, run_config
+from sat_lib.reference import block_correlation
+from sat_lib.signals import block_signal
 from sat_lib.train import Trainer, batch_indices
 
 
@@ -77,6 +80,31 @@ def test_dense_phase_loss_and_its_weight():
         assert mine.grad.abs().max() <= 1.0
 
 
+@pytest.mark.parametrize("init", ["released", "calibrated"])
+def test_the_sparsity_parameter_may_foretell_the_correlation_of_the_blocks_values(init):
+    made = trainer(model={"sparsity_target": "correlation", "sparsity_init": init, "dropout": 0.0})
+    values = []
+    for layer in made.model.layers:
+        see = lambda attention, inputs: values.append(attention.heads(inputs[0])[2].detach())
+        layer.attention.register_forward_pre_hook(see)
+    initial = [copy.deepcopy(parameter) for parameter in made.model.sparsity_parameters]
+    record = made.train_step()
+    targets = [block_correlation(v, 32) for v in values]
+    loss = sum(F.mse_loss(parameter(), target) for parameter, target in zip(initial, targets, strict=True))
+    assert record["sparsity_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    (2 * LOSS_WEIGHT * loss).backward()
+    for parameter, mine in zip(made.model.sparsity_parameters, initial, strict=True):
+        torch.testing.assert_close(parameter.weight.grad, mine.weight.grad.clamp(-1, 1))
+
+
+@pytest.mark.parametrize(("init", "target", "scale"), [
+    ("released", "attention", 1), ("calibrated", "attention", 256), ("calibrated", "correlation", 1),
+])  # fmt: skip
+def test_the_target_is_multiplied_by_the_length_where_a_calibrated_parameter_foretells_attention(init, target, scale):
+    made = trainer(model={"sparsity_init": init, "sparsity_target": target})
+    assert [parameter.scale for parameter in made.model.sparsity_parameters] == [scale] * 2
+
+
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_transition_freezes_the_pattern_and_starts_a_fresh_optimiser(name):
     made = trainer(name)
@@ -114,6 +142,44 @@ def test_the_transition_waits_for_the_rule_where_it_is_not_forced():
     assert soon.transition_step == 2
 
 
+def test_the_rule_overfit_switches_at_the_end_of_the_step_after_the_dev_loss_rose():
+    made = trainer(switch_at=None, switch_rule="overfit", theta=-1e9, delta=1e9)  # "stable" would switch in step 2
+    for loss in (1.0, 0.9, 0.9, 0.8):
+        steps(made, 1)
+        made.note_dev_loss(loss)
+    steps(made, 1)
+    assert (made.phase, made.overfitting) == ("dense", False)
+    made.note_dev_loss(0.81)
+    made.note_dev_loss(0.5)  # what has begun isn't undone
+    assert made.phase == "dense"
+    steps(made, 1)
+    assert (made.phase, made.transition_step) == ("sparse", 5)
+    made.note_dev_loss(0.7)
+    assert made.dev_loss == 0.5
+
+
+@pytest.mark.parametrize("last", [0.9, 1.1])
+def test_the_rule_overfit_goes_on_from_a_checkpoint(last):
+    settings = {"switch_at": None, "switch_rule": "overfit"}
+    made, other, third = (trainer(**settings) for _ in range(3))
+    steps(made, 2)
+    made.note_dev_loss(1.0)
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    other.note_dev_loss(last)
+    third.load_state_dict(copy.deepcopy(other.state_dict()))
+    for each in (other, third):
+        steps(each, 1)
+        assert each.transition_step == (2 if last > 1 else None)
+
+
+def test_a_forced_switch_waits_for_its_step_even_where_the_dev_loss_rises():
+    made = trainer(switch_rule="overfit")
+    made.note_dev_loss(1.0)
+    made.note_dev_loss(2.0)
+    steps(made, 5)
+    assert made.transition_step == 4
+
+
 def test_a_dense_model_never_looks_at_its_maps():
     made = trainer(attention="dense")
     assert set(made.train_step()) == {"step", "phase", "rate", "loss"}
@@ -146,6 +212,14 @@ def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
     trainer().load_state_dict(state)
     with pytest.raises(InputError, match=r"model\.window: saved 64, wanted 32"):
         trainer(model={"window": 32}).load_state_dict(state)
+
+
+def test_a_checkpoint_from_before_the_rule_overfit_has_seen_no_evaluation():
+    state = trainer().state_dict()
+    del state["dev_loss"], state["overfitting"]
+    made = trainer()
+    made.load_state_dict(state)
+    assert (made.dev_loss, made.overfitting) == (None, False)
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing():
@@ -208,6 +282,143 @@ def test_resuming_at_any_step_gives_the_same_run_bit_for_bit(stop, preset, tmp_p
     assert whole.model.layouts == second.model.layouts
 
 
+def grids(made):
+    return torch.stack([layout.grid for layout in made.model.layouts])
+
+
+def layouts_of(made, scores):
+    recipe = made.config.recipe
+    return torch.stack([generate_layout(score, recipe.density, 32, recipe.pattern_budget).grid for score in scores])
+
+
+@pytest.mark.parametrize("budget", ["blocks", "balanced"])
+@pytest.mark.parametrize("heads", ["shared", "own"])
+def test_the_pattern_near_is_nearness_to_the_diagonal(budget, heads):
+    made = trainer(pattern="near", pattern_budget=budget, pattern_heads=heads)
+    steps(made, 5)
+    wanted = nearness(8).float().expand(*((2, 2) if heads == "own" else (2,)), 8, 8)
+    assert torch.equal(grids(made), layouts_of(made, wanted))
+    assert torch.equal(made.maps["kept"], grids(made))
+    assert grids(made).shape == wanted.shape
+    if heads == "own":
+        assert not (grids(made)[:, 0] & grids(made)[:, 1]).any()
+
+
+def test_a_random_pattern_is_drawn_anew_for_every_layer_and_seed():
+    first, again, other = (trainer(pattern="random", seed=seed, pattern_budget="rows") for seed in (0, 0, 1))
+    for made in (first, again, other):
+        steps(made, 5)
+        scores = made.maps["scores"]
+        assert 0 <= scores.min() < 0.1 and 0.9 < scores.max() < 1 and scores.unique().numel() == scores.numel() == 128
+        assert torch.equal(grids(made), layouts_of(made, scores))
+    assert torch.equal(first.maps["scores"], again.maps["scores"])
+    assert not torch.equal(first.maps["scores"], other.maps["scores"])
+
+
+@pytest.mark.parametrize("heads", ["shared", "own"])
+@pytest.mark.parametrize("name", ["attention", "gradient", "correlation"])
+def test_a_signals_pattern_is_measured_on_training_examples_at_the_transition(name, heads):
+    made = trainer(pattern=name, pattern_heads=heads, pattern_budget="balanced")
+    steps(made, 5)
+    dense = Encoder(made.config.model)
+    dense.load_state_dict(made.model.state_dict())
+    draws = torch.get_rng_state()
+    wanted = block_signal(dense, name, *made.examples.batch(np.arange(24)))
+    assert torch.equal(torch.get_rng_state(), draws)  # dropout goes on as without it
+    scores = made.maps["scores"]
+    torch.testing.assert_close(scores, wanted, rtol=1e-3, atol=1e-6)
+    assert scores.shape == (2, 2, 8, 8)
+    assert torch.equal(grids(made), layouts_of(made, scores if heads == "own" else scores.mean(1)))
+
+
+def test_a_signal_is_measured_on_so_many_examples_drawn_by_seed_and_step(monkeypatch):
+    monkeypatch.setattr("sat_lib.train.PROBE_EXAMPLES", 10)
+    seen = []
+    measure = lambda model, name, tokens, labels, seed: seen.append(tokens) or torch.zeros(2, 2, 8, 8)
+    monkeypatch.setattr("sat_lib.train.block_signal", measure)
+    for settings in ({}, {}, {"seed": 1}, {"switch_at": 3}):
+        steps(trainer(pattern="taylor", **settings), 5)
+    first, again, *others = seen
+    training = {tuple(row) for row in tiny_splits().train.tokens.tolist()}
+    assert all(len({tuple(row) for row in some.tolist()} & training) == len(some) == 10 for some in seen)
+    assert torch.equal(first, again)
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_the_learned_pattern_of_own_heads_deals_the_same_scores_to_all_of_them():
+    made = trainer(pattern_heads="own", pattern_budget="balanced", density=1 / 8)
+    steps(made, 5)
+    scores = made.maps["scores"]
+    torch.testing.assert_close(scores, torch.stack([parameter() for parameter in made.model.sparsity_parameters]))
+    assert torch.equal(grids(made), layouts_of(made, scores[:, None].expand(-1, 2, -1, -1)))
+    assert grids(made).sum((2, 3)).eq(8).all() and grids(made).sum(1).max() == 1
+
+
+@pytest.mark.parametrize("pattern", ["random", "attention"])
+def test_a_pattern_is_refreshed_every_so_many_steps_of_the_sparse_phase(pattern):
+    made = trainer(pattern=pattern, pattern_refresh=3, pattern_heads="own", steps=14)
+    seen, kept = {}, []
+    for step in range(14):
+        made.train_step()
+        if made.phase == "sparse":
+            seen[step] = grids(made)
+            kept.append(made.maps["kept"])
+    changed = [step for step in range(5, 14) if not torch.equal(seen[step], seen[step - 1])]
+    assert changed == [7, 10]  # after steps 5 to 7, and 8 to 10; none for steps that don't come
+    assert made.transition_step == 4
+    assert all(torch.equal(some, seen[4]) for some in kept)
+    assert all(grid.sum() == seen[4].sum() for grid in seen.values())
+
+
+@pytest.mark.parametrize("stop", [7, 8])  # the layouts change at the end of step 7
+@pytest.mark.parametrize("pattern", ["random", "gradient"])
+def test_resuming_between_refreshes_gives_the_same_run_bit_for_bit(pattern, stop):
+    settings = {"pattern": pattern, "pattern_refresh": 3, "pattern_heads": "own", "preset": "continued"}
+    whole = trainer(**settings)
+    wanted = [float(r["loss"]) for r in steps(whole, 12)]
+    first = trainer(**settings)
+    got = [float(r["loss"]) for r in steps(first, stop)]
+    state = copy.deepcopy(first.state_dict())
+    second = trainer(**settings)
+    second.load_state_dict(state)
+    got += [float(r["loss"]) for r in steps(second, 12 - stop)]
+    assert got == wanted
+    assert whole.model.layouts == second.model.layouts
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+
+
+# What may differ between two runs that have their dense phase in common.
+LATE = (
+    {"density": 0.5}, {"theta": 3.0}, {"delta": 7.0}, {"preset": "continued"}, {"switch_at": 7}, {"switch_at": None},
+    {"switch_rule": "overfit"}, {"pattern": "near"}, {"pattern_budget": "rows"}, {"pattern_heads": "own"},
+    {"pattern": "random", "pattern_refresh": 2}, {"model": {"pruned": "drop"}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", LATE, ids=str)
+def test_configurations_that_differ_after_the_transition_share_their_dense_phase(changes):
+    config, other = tiny_config(), tiny_config(**changes)
+    assert config != other
+    assert dense_phase(other) == dense_phase(config)
+    assert dense_phase(dense_phase(config)) == dense_phase(config)
+    runs = [[], []]
+    for some, run in zip((other, dense_phase(config)), runs, strict=True):
+        made = Trainer(some, tiny_splits(), torch.device("cpu"))
+        run += [float(r["loss"]) for r in steps(made, 5)]
+    assert runs[0] == runs[1]
+    steps(made, 7)
+    assert made.phase == "dense"
+
+
+@pytest.mark.parametrize("changes", [
+    {"seed": 1}, {"rate": 0.02}, {"batch": 4}, {"steps": 13}, {"warm_up": 4}, {"eval_every": 3}, {"precision": "bf16"},
+    {"protocol": "published"}, {"model": {"block": 16}}, {"model": {"dropout": 0.0}}, {"attention": "dense"},
+    {"model": {"sparsity_target": "correlation"}}, {"model": {"sparsity_init": "calibrated"}},
+], ids=str)  # fmt: skip
+def test_configurations_that_differ_before_the_transition_do_not_share_their_dense_phase(changes):
+    assert dense_phase(tiny_config(**changes)) != dense_phase(tiny_config())
+
+
 def test_a_checkpoint_of_another_configuration_names_what_differs():
     state = trainer(seed=1).state_dict()
     with pytest.raises(InputError, match=r"recipe.seed: saved 1, wanted 0"):
@@ -229,11 +440,54 @@ def test_configurations_are_checked_and_survive_json():
         ({"precision": "fp8"}, "precision: wanted one of"),
         ({"batch": 0}, "batch: wanted at least 1"),
         ({"rate": -1.0}, "rate: wanted more than 0"),
+        ({"switch_rule": "early"}, r"switch_rule: wanted one of \('stable', 'overfit'\); got 'early'"),
+        ({"pattern": "learnt"}, r"pattern: wanted one of \('learned', 'near', 'random', 'attention', .*; got 'learnt'"),
+        (
+            {"pattern_budget": "columns"},
+            r"pattern_budget: wanted one of \('blocks', 'rows', 'balanced'\); got 'columns'",
+        ),
+        ({"pattern_heads": "one"}, r"pattern_heads: wanted one of \('shared', 'own'\); got 'one'"),
+        ({"pattern_refresh": 5}, "pattern_refresh: wanted None, .* a pattern that changes; got 5 for 'learned'"),
+        ({"pattern_refresh": 5, "pattern": "near"}, "pattern_refresh: .* got 5 for 'near'"),
+        ({"pattern_refresh": 0, "pattern": "random"}, "pattern_refresh: .* got 0 for 'random'"),
+        (
+            {"model": {"sparsity_target": "values"}},
+            "sparsity_target: wanted 'attention' or 'correlation'; got 'values'",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             run_config("digits16", **settings)
     with pytest.raises(InputError, match="no task 'digit'"):
         run_config("digit")
+
+
+def test_the_preset_best_is_what_the_ablations_led_to():
+    model = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
+    for task, changes, blocks in (("cifar10", {}, 32), ("digits16", {"block": 16}, 16)):
+        recipe = {
+            "density": 1 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
+            "switch_rule": "overfit", "switch_at": None, "schedule_after": "continued", "pattern_refresh": None,
+        }  # fmt: skip
+        made = run_config(task, "sat", "best", model=changes)
+        assert made == run_config(task, "sat", model=changes | model, **recipe)
+        assert made.model.blocks == blocks
+    assert best_settings(32)["recipe"]["density"] == 1 / 32
+    changed = run_config("cifar10", "sat", "best", model={"pruned": "zero"}, density=0.25, schedule_after="constant")
+    assert (changed.model.pruned, changed.recipe.density, changed.recipe.schedule_after) == ("zero", 0.25, "constant")
+    assert (changed.model.sparsity_target, changed.recipe.pattern_heads) == ("correlation", "own")
+    for attention in ("dense", "longformer"):
+        with pytest.raises(InputError, match=f"preset: 'best' is for the attention 'sat'; got '{attention}'"):
+            run_config("cifar10", attention, "best")
+
+
+def test_the_preset_best_trains_with_a_block_of_every_row_and_column_for_every_head():
+    config = tiny_config(preset="best", density=1 / 8, switch_at=4)
+    made = Trainer(config, tiny_splits(), torch.device("cpu"))
+    losses = [float(r["loss"]) for r in steps(made, 12)]
+    assert made.phase == "sparse" and np.isfinite(losses).all()
+    kept = grids(made)
+    assert kept.shape == (2, 2, 8, 8) and kept.sum(2).eq(1).all() and kept.sum(3).eq(1).all()
+    assert not (kept[:, 0] & kept[:, 1]).any()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -58,7 +58,9 @@ def see(device: torch.device, folder: Path) -> list[dict]:
         "exact": outcome(folder / "exact", **EXACT),
         "whole": outcome(folder / "whole"),
     }
-    seen |= {"share": share(device), "slowest": slowest(device), "unlike": unlike(device)}
+    patterns = ({}, {"pattern": "random"}, {"pattern": "attention", "pattern_heads": "own"})
+    seen |= {"share": share(device), "slowest": slowest(device)}
+    seen |= {"unlike": [unlike(device, **changes) for changes in patterns]}
     outcome(folder / "cut", stop_at=7)
     seen["cut"] = outcome(folder / "cut")
     try:
@@ -84,16 +86,17 @@ def slowest(device: torch.device) -> float:
     ).median_ms
 
 
-def unlike(device: torch.device) -> dict:
-    """Processes that begin with other weights, measure other maps and learn other patterns; what they end with."""
-    trainer = Trainer(tiny_config(seed=distributed.rank(), switch_at=3), tiny_splits(), device)
+def unlike(device: torch.device, **changes) -> dict:
+    """Processes that begin with other weights, measure other maps and find other patterns; what they end with."""
+    trainer = Trainer(tiny_config(seed=distributed.rank(), switch_at=3, **changes), tiny_splits(), device)
     weights = [parameter.sum().item() for parameter in trainer.model.parameters()]
     measure = trainer.rule.measure
     trainer.rule.measure = lambda maps: measure(maps) + distributed.rank()
     skewness = trainer.train_step()["skewness"]
     with torch.no_grad():
-        for parameter in trainer.model.sparsity_parameters:
-            parameter.weight.add_(torch.randn_like(parameter.weight) * distributed.rank())
+        queries = [layer.attention.query for layer in trainer.model.layers]  # the maps come from them
+        for module in (*trainer.model.sparsity_parameters, *queries):
+            module.weight.add_(torch.randn_like(module.weight) * distributed.rank())
     trainer.enter_sparse_phase(list(trainer.rule.maps))
     grids = [layout.grid.int().tolist() for layout in trainer.model.layouts]
     return {"weights": weights, "skewness": skewness, "grids": grids}

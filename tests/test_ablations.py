@@ -1,0 +1,244 @@
+"""The cases of the ablations, what is told of layouts, and the finding: W^P as released learns nothing of the map."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_splits
+from torch import nn
+
+from sat_lib import ablations
+from sat_lib.ablations import LAYOUTS, ablation_cases, best_cases, diagnosis_cases, layout_figures
+from sat_lib.pattern import diagnose
+from sat_lib.recipes import RunConfig, run_config
+from sat_lib.reference import pool_blocks
+from sat_lib.train import Trainer
+from sat_lib.training_cases import Context, case_config, run_case
+
+CPU = torch.device("cpu")
+
+
+# ---- the finding -----------------------------------------------------------------------------------------------------
+
+
+def learnt(init: str, seed: int, steps: int = 80) -> dict[str, float]:
+    """What R~ has learnt of the uneven map of one layer, in steps of the published kind."""
+    settings = {"steps": 400, "warm_up": 20, "switch_at": 10**9, "density": 0.1, "seed": seed}
+    config = tiny_config(model={"sparsity_init": init, "block": 16, "layers": 1}, **settings)
+    trainer = Trainer(config, tiny_splits(), CPU)
+    (layer,), (parameter,) = trainer.model.layers, trainer.model.sparsity_parameters
+    for weight in (layer.attention.query.weight, layer.attention.key.weight, trainer.model.position.weight):
+        nn.init.normal_(weight, std=0.5)
+    for _ in range(steps):
+        trainer.train_step()
+    scores, width = parameter().detach() / parameter.scale, parameter.weight.shape[1]
+    return diagnose(scores, pool_blocks(trainer.rule.maps[0], 16), 0.1, width)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_parameter_as_released_learns_nothing_of_the_map(seed):
+    seen = learnt("released", seed)
+    assert seen["best_mass"] > 0.25 and seen["form_mass"] > 0.2  # there is something to learn
+    assert seen["mass_kept"] < 0.15  # chance: 0.1
+    assert abs(seen["correlation"]) < 0.3
+    assert seen["scale"] > 50
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_calibrated_parameter_learns_what_its_form_can_hold(seed):
+    seen = learnt("calibrated", seed)
+    assert seen["scale"] == pytest.approx(1, abs=0.2)
+    assert seen["mass_kept"] > 0.9 * seen["form_mass"] > 0.18
+    assert seen["correlation"] > 0.5
+
+
+def test_a_diagnosis_follows_the_dense_phase(tmp_path):
+    (case, *_) = (case for case in diagnosis_cases("smoke") if case["model"]["sparsity_init"] == "calibrated")
+    case = json.loads(json.dumps(case)) | {"steps": 5, "every": 2}
+    found = ablations.diagnose_run(case, Context("smoke", CPU, tmp_path, "code"))
+    columns, config = found["columns"], case_config(case)
+    assert columns["step"] == [2, 2, 4, 4]
+    assert columns["layer"] == [0, 1, 0, 1]
+    assert {len(values) for values in columns.values()} == {4}
+    assert found["density"] == config.recipe.density
+    trainer = Trainer(config, ablations.load_data(config), CPU)
+    for _ in range(4):
+        trainer.train_step()
+    parameter, mean_map = trainer.model.sparsity_parameters[1], trainer.rule.maps[1]
+    scores, width = parameter().detach() / 256, parameter.weight.shape[1]
+    seen = diagnose(scores, pool_blocks(mean_map, 16), config.recipe.density, width)
+    assert {name: columns[name][3] for name in seen} == {name: round(value, 5) for name, value in seen.items()}
+    assert json.loads(json.dumps(found)) == found
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+CASES = {"ablations": ablation_cases, "best": best_cases, "diagnosis": diagnosis_cases}
+
+
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_a_run_of_its_own(name, profile):
+    cases = CASES[name](profile)
+    configs = [case_config(json.loads(json.dumps(case))) for case in cases]
+    assert len(configs) == len({config.digest for config in configs}) > 0
+    assert [config.recipe.seed for config in configs] == [case["seed"] for case in cases]
+
+
+def configs_of(profile: str, task: str, seed: int = 0) -> dict[tuple, RunConfig]:
+    """The ablations of a task and seed by (group, value)."""
+    return {
+        (case["group"], case["value"]): case_config(case)
+        for case in ablation_cases(profile)
+        if (case["task"], case["seed"]) == (task, seed)
+    }
+
+
+def test_the_seeds_of_a_profile_run_the_same_ablations():
+    for profile, seeds in (("smoke", 1), ("paper", 3)):
+        cases = ablation_cases(profile)
+        counted = Counter((case["task"], case["group"], case["value"]) for case in cases)
+        assert set(counted.values()) == {seeds}
+        assert {case["seed"] for case in cases} == set(range(seeds))
+
+
+LEARNED = {"pattern": "learned", "sparsity_init": "calibrated", "sparsity_target": "correlation"}
+ONE_A_ROW = {"pattern_budget": "balanced", "pattern_heads": "own", "density": 1 / 32}
+PUBLISHED_NUMBER = {"pattern_heads": "shared", "density": 0.05}
+LARGEST = PUBLISHED_NUMBER | {"pattern_budget": "blocks"}
+DOCUMENTED = {
+    "correlation, learned": LEARNED | ONE_A_ROW,
+    "near, own heads": {"pattern": "near"} | ONE_A_ROW,
+    "diagonal": {"pattern": "near"} | ONE_A_ROW | {"pattern_heads": "shared"},
+    "nearest": {"pattern": "near"} | LARGEST,
+    "released": LARGEST | {"pattern": "learned", "sparsity_init": "released", "sparsity_target": "attention"},
+    "calibrated": LARGEST | {"pattern": "learned", "sparsity_init": "calibrated", "sparsity_target": "attention"},
+    "correlation, largest": LEARNED | LARGEST,
+    "random, balanced": {"pattern": "random"} | ONE_A_ROW,
+    "random": {"pattern": "random"} | LARGEST,
+    "random, changing": {"pattern": "random", "pattern_refresh": 300} | ONE_A_ROW,
+    "correlation, refreshed": {"pattern": "correlation", "pattern_refresh": 300} | ONE_A_ROW,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layouts_name_says_what_it_comes_from(name):
+    signal, _, budget = name.partition(", ")
+    by_name = {
+        "by row": {"pattern": signal, "pattern_budget": "rows"} | PUBLISHED_NUMBER,
+        "balanced": {"pattern": signal} | ONE_A_ROW,
+    }
+    wanted = {"pattern_refresh": None, "switch_at": 1_000, "schedule_after": "continued", "pruned": "drop", "block": 32}
+    wanted |= DOCUMENTED[name] if name in DOCUMENTED else by_name[budget]
+    config = configs_of("paper", "cifar10")["layout", name].as_dict()
+    got = config["model"] | config["recipe"]
+    assert {field: got[field] for field in wanted} == wanted
+
+
+@pytest.mark.parametrize(("profile", "task"), [("smoke", "digits16"), ("paper", "cifar10"), ("paper", "agnews")])
+def test_an_ablation_changes_one_thing_of_the_preset_best(profile, task):
+    cases = configs_of(profile, task)
+    base = cases["layout", "correlation, learned"].as_dict()
+    flat = lambda config: {**config["model"], **config["recipe"]}
+    may = {
+        "layout": {"pattern", "pattern_budget", "pattern_heads", "pattern_refresh", "density", "sparsity_init",
+                   "sparsity_target"},
+        "schedule": {"schedule_after"}, "switch_at": {"switch_at"}, "density": {"density"},
+        "block": {"block", "density"}, "theta": {"theta", "switch_at", "switch_rule"},
+        "delta": {"delta", "switch_at", "switch_rule"}, "rule": {"switch_at"}, "mean_over": {"mean_over"},
+    }  # fmt: skip
+    may["pruned"] = may["layout"] | {"pruned"}
+    for (group, value), config in cases.items():
+        if config.model.attention == "dense":
+            common = ("steps", "warm_up", "eval_every", "rate", "batch", "seed", "precision", "protocol")
+            assert all(flat(config.as_dict())[name] == flat(base)[name] for name in common)
+            wanted = ("length", None) if group == "dense" else ("real", None)
+            assert (config.model.mean_over, config.recipe.switch_at) == wanted
+            continue
+        changed = {name for name, field in flat(config.as_dict()).items() if field != flat(base)[name]}
+        assert changed <= may[group], (group, value)
+        assert changed or value == "correlation, learned"
+        if group not in ("layout", "rule"):
+            field = {"schedule": "schedule_after"}.get(group, group)
+            assert flat(config.as_dict())[field] == (str(value).split(", ")[-1] if group == "pruned" else value)
+    for group, value in cases:
+        config, own_rule = cases[group, value], {"theta": "stable", "delta": "stable", "rule": "overfit"}
+        if group in own_rule:
+            assert (config.recipe.switch_at, config.recipe.switch_rule) == (None, own_rule[group])
+        if group == "block":
+            assert config.recipe.density == 1 / config.model.blocks
+    of_the_run = {"steps", "eval_every", "warm_up", "batch", "rate", "switch_at"}
+    best = run_config(task, "sat", "best", model={"block": base["model"]["block"]}).as_dict()
+    assert {name for name in flat(best) if flat(best)[name] != flat(base)[name]} <= of_the_run
+
+
+def test_best_runs_are_of_the_preset_best_beside_the_baselines():
+    cases = best_cases("paper")
+    for case in cases:
+        if case["attention"] == "sat":
+            changes = {name: case["recipe"][name] for name in ("steps", "eval_every") if name in case["recipe"]}
+            assert case_config(case) == run_config(case["task"], "sat", "best", seed=case["seed"], **changes)
+    counted = Counter((case["task"], case["attention"]) for case in cases)
+    baselines = dict.fromkeys((("agnews", name) for name in ("longformer", "bigbird", "lsg")), 3)
+    assert counted == {("cifar10", "sat"): 5, ("agnews", "sat"): 3, ("imdb", "sat"): 3, ("yelp", "sat"): 3} | baselines
+    assert all(case["recipe"]["steps"] == 1_000 for case in cases if case["task"] != "cifar10")
+    (smoke,) = best_cases("smoke")
+    assert case_config(smoke).recipe.density == 1 / case_config(smoke).model.blocks
+
+
+def test_diagnoses_are_of_the_published_recipe_with_either_start_of_the_parameter():
+    for case in diagnosis_cases("paper"):
+        config, init = case_config(case), case["model"]["sparsity_init"]
+        changes = {"seed": case["seed"], "switch_at": config.recipe.switch_at}
+        assert config == run_config(case["task"], "sat", model={"sparsity_init": init}, **changes)
+        assert case["steps"] < config.recipe.switch_at
+    counted = Counter((case["task"], case["model"]["sparsity_init"]) for case in diagnosis_cases("paper"))
+    assert counted == {(task, init): 3 for task in ("cifar10", "agnews") for init in ("released", "calibrated")}
+
+
+# ---- what is told of layouts -----------------------------------------------------------------------------------------
+
+
+def test_figures_of_layouts_that_heads_share():
+    first, second = [[4, 1], [2, 3]], [[1, 1], [1, 1]]
+    kept = [[[1, 0], [1, 0]], [[0, 1], [0, 0]]]
+    assert layout_figures({"transition": [first, second], "kept": kept}) == {
+        "mass_kept": pytest.approx((6 / 10 + 1 / 4) / 2),
+        "density": pytest.approx(3 / 8),
+        "diagonal": pytest.approx(1 / 3),
+        "distinct_columns": 0.5,
+        "empty_rows": 0.5,
+    }
+
+
+def test_figures_of_layouts_by_head():
+    pooled = [[4, 1, 0], [2, 3, 0], [0, 0, 10]]
+    heads = [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 0, 1], [0, 0, 1], [0, 0, 0]]]
+    assert layout_figures({"transition": [pooled], "kept": [heads]}) == {
+        "mass_kept": pytest.approx((17 / 20 + 0) / 2),
+        "density": pytest.approx(5 / 18),
+        "diagonal": pytest.approx(3 / 5),
+        "distinct_columns": pytest.approx((1 + 1 / 3) / 2),
+        "empty_rows": 0.5,
+    }
+    assert layout_figures({"transition": [pooled]}) == {}
+
+
+def test_ablated_runs_share_a_dense_phase_and_tell_of_their_layouts(tmp_path):
+    context, rows = Context("smoke", CPU, tmp_path, "code"), {}
+    for pattern in ("near", "random"):
+        small = {"steps": 6, "warm_up": 2, "eval_every": 2, "switch_at": 3, "pattern": pattern, "density": 1 / 16}
+        model = {"block": 16, "layers": 1, "width": 32, "hidden": 16}
+        case = run_case("digits16", "sat", 0, "smoke", model=model, pattern_budget="rows", **small)
+        rows[pattern] = ablations.ablate(case, context)
+    folder = context.training_folder / "dense-phases"
+    assert len(list(folder.iterdir())) == 1
+    assert rows["near"]["history"][0] == rows["random"]["history"][0]
+    for row in rows.values():
+        assert [line["step"] for line in row["history"]] == [2, 4, 6]
+        assert all("dev_accuracy" in line for line in row["history"])
+        assert "maps" not in row
+        assert (row["density"], row["empty_rows"], row["transition_step"]) == (1 / 16, 0, 3)
+    assert (rows["near"]["diagonal"], rows["near"]["distinct_columns"]) == (1, 1)
+    assert rows["random"]["diagonal"] < 0.5
