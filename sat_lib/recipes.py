@@ -12,8 +12,7 @@ from .signals import SIGNALS
 from .tasks import task
 
 PRESETS = ("released", "continued", "best")
-STATIC_PATTERNS = ("near", "random")
-PATTERNS = ("learned", *STATIC_PATTERNS, *SIGNALS)
+PATTERNS = ("learned", "near", "random", *SIGNALS)
 PRECISIONS = ("fp32", "bf16")
 PROBE_EXAMPLES = 256
 PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")

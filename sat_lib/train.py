@@ -283,8 +283,11 @@ class Trainer:
         recipe, config = self.config.recipe, self.config.model
         scores = self.block_scores().to(self.device).contiguous()
         distributed.copy_first([scores])
-        of_heads = scores if scores.dim() == 4 else scores[:, None].expand(-1, config.heads, -1, -1)
-        used = of_heads if recipe.pattern_heads == "own" else of_heads.mean(1)
+        used, by_head = scores, scores.dim() == 4
+        if recipe.pattern_heads == "own" and not by_head:
+            used = scores[:, None].expand(-1, config.heads, -1, -1)
+        elif recipe.pattern_heads == "shared" and by_head:
+            used = scores.mean(1)
         make = lambda score: generate_layout(score, recipe.density, config.block, recipe.pattern_budget)
         return scores, [make(score) for score in used]
 
