@@ -76,7 +76,11 @@ def _data_prepare(options) -> int:
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", help="see: python -m sat_lib data list")
     parser.add_argument("--attention", default="sat", help="dense, longformer, bigbird, lsg or sat (default)")
-    parser.add_argument("--preset", default="released", help="released (default) or continued: the schedule goes on")
+    parser.add_argument(
+        "--preset",
+        default="released",
+        help="released (default), continued: the schedule goes on, or best: what the ablations led to",
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe fields: steps=500 seed=1")
     parser.add_argument("--model", nargs="*", default=[], metavar="NAME=VALUE", help="model fields: block=64 layers=1")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
