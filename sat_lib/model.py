@@ -15,7 +15,7 @@ from .layer_ops import after_attention, before_attention, check_fusable, embed, 
 from .layout import BlockLayout
 from .ops import IMPLEMENTATION, attention_statistics
 from .pattern import SparsityParameter, freeze
-from .reference import PRUNED_RULES, AttentionStatistics, block_correlation, sparse_statistics
+from .reference import PRUNED_RULES, block_correlation, sparse_statistics
 from .tasks import task
 
 LAYERS = {"image": 2, "text": 4, "symbols": 4}
@@ -141,6 +141,14 @@ def model_config(task_name: str, **changes) -> ModelConfig:
     return ModelConfig(**(sizes | changes))
 
 
+class LayerStatistics(NamedTuple):
+    """What is looked at in a layer: `reference.AttentionStatistics`, and what else W^P may be trained to foretell."""
+
+    mean_map: Tensor  # (L, L)
+    pooled: Tensor  # (N, N)
+    correlation: Tensor | None = None  # (N, N), `reference.block_correlation`, where it is `sparsity_target`
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention. SAT's has a sparsity parameter, and is dense until `layout` is set."""
 
@@ -169,7 +177,7 @@ class SelfAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, AttentionStatistics | None]:
+    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
         more = {}
         if self.global_projections is not None:
             inputs = zip(self.global_projections, (x[:, :1], x, x), strict=True)
@@ -179,7 +187,7 @@ class SelfAttention(nn.Module):
 
     def attended_fused(
         self, x: Tensor, norm: nn.LayerNorm, mask: Tensor | None, statistics: bool
-    ) -> tuple[Tensor, Tensor, AttentionStatistics | None]:
+    ) -> tuple[Tensor, Tensor, LayerStatistics | None]:
         """x to go on with; the heads' results of norm(x) side by side, (B, L, width), which `out` doesn't project."""
         *qkv, x = before_attention(x, norm, (self.query, self.key, self.value))
         return x, *self._join([self._split_heads(part) for part in qkv], mask, statistics)
@@ -191,15 +199,15 @@ class SelfAttention(nn.Module):
         seen = self.statistics(*qkv, mask) if statistics else None
         return out.transpose(1, 2).flatten(2), seen
 
-    def statistics(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionStatistics:
+    def statistics(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> LayerStatistics:
         """Batch-and-head mean of `A^s` in the dense phase, of `S^s` in the sparse phase; correlations if wanted."""
         block = self.config.block
         if self.layout is not None:
-            return sparse_statistics(q, k, self.layout, key_padding_mask=mask, pruned=self.config.pruned)
+            seen = sparse_statistics(q, k, self.layout, key_padding_mask=mask, pruned=self.config.pruned)
+            return LayerStatistics(*seen)
         seen = attention_statistics(q, k, block, key_padding_mask=mask)
-        if self.config.sparsity_target == "correlation":
-            return seen._replace(correlation=block_correlation(v, block, mask))
-        return seen
+        wanted = self.config.sparsity_target == "correlation"
+        return LayerStatistics(*seen, block_correlation(v, block, mask) if wanted else None)
 
 
 class Layer(nn.Module):
@@ -221,7 +229,7 @@ class Layer(nn.Module):
             nn.Dropout(config.dropout),
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, AttentionStatistics | None]:
+    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
         if self.fused:
             x, attended, seen = self.attention.attended_fused(x, self.norm_attention, mask, statistics)
             up, _, _, down, drop = self.feed_forward
@@ -233,10 +241,10 @@ class Layer(nn.Module):
 
 
 class Output(NamedTuple):
-    """Logits (B, classes), and one `AttentionStatistics` per layer if they were asked for."""
+    """Logits (B, classes), and one `LayerStatistics` per layer if they were asked for."""
 
     logits: Tensor
-    statistics: list[AttentionStatistics]
+    statistics: list[LayerStatistics]
 
 
 class Encoder(nn.Module):

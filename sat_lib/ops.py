@@ -326,8 +326,7 @@ def _sparse_softmax_backward(grad, weights, lists, block, heads, keys):
 
 
 def _attention_statistics(q, k, mask, block, scale):
-    mean_map, pooled, _ = reference.attention_statistics(q, k, block, key_padding_mask=mask, scale=scale)
-    return mean_map, pooled
+    return tuple(reference.attention_statistics(q, k, block, key_padding_mask=mask, scale=scale))
 
 
 # Shapes, dtypes and strides alone, for torch.compile.

@@ -294,7 +294,6 @@ class AttentionStatistics(NamedTuple):
 
     mean_map: Tensor  # (Lq, Lk), mean of A^s
     pooled: Tensor  # (R, C), its average over blocks
-    correlation: Tensor | None = None  # (N, N), see `block_correlation`; where W^P is trained to foretell it
 
 
 def attention_map(q: Tensor, k: Tensor, key_padding_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
