@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .figures import PAGE, PALETTE, TASK_NAMES, new, style
+from .figures import PAGE, PALETTE, TASK_NAMES, new, style, switch_span
+from .verdicts import gap
 
 # What a layout comes from, told by the first word of its name, and its colour.
 KINDS = {
@@ -203,10 +204,10 @@ def conclusions(rows: pd.DataFrame) -> list[str]:
         gains = {}
         for (group, value), part in of_task.groupby(["group", "value"], sort=False):
             if (group, value) != ("layout", BASE):
-                gains[_name(group, value)] = percent(part).mean() - base.mean(), difference(percent(part), base)
-        order = sorted(gains, key=lambda name: -gains[name][0])
-        better = [f"{name} {gains[name][1]}" for name in order if gains[name][0] > 0]
-        worse = [f"{name} {gains[name][1]}" for name in order if gains[name][0] <= 0]
+                gains[_name(group, value)] = gap(percent(part), base)
+        order = sorted(gains, key=lambda name: -gains[name].difference)
+        better = [f"{name} {gains[name].numbers}" for name in order if gains[name].difference > 0]
+        worse = [f"{name} {gains[name].numbers}" for name in order if gains[name].difference <= 0]
         runs = f"{len(base)} {'run' if len(base) == 1 else 'runs'}"
         found += [
             f"{TASK_NAMES.get(task, task)}: {base.mean():.2f} % with the base ({runs}).",
@@ -248,7 +249,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
         means = of_task.groupby("method")["percent"].mean().sort_values(ascending=False)
         for method in means.index:
             part = of_task[of_task["method"] == method]
-            switched, fast = part["transition_step"].dropna(), part.loc[part["step"] == "fast", "step_ms"]
+            fast = part.loc[part["step"] == "fast", "step_ms"]
             lines.append(
                 {
                     "task": TASK_NAMES.get(task, task),
@@ -257,20 +258,12 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
                     "runs": len(part),
                     "test %": f"{part['percent'].mean():.2f}",
                     "deviation": f"{part['percent'].std(ddof=1):.2f}" if len(part) > 1 else "-",
-                    "best gains": "-" if method == "sat, best" else difference(ours, part["percent"]),
-                    "switched at step": f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-",
+                    "best gains": "-" if method == "sat, best" else gap(ours, part["percent"]).numbers,
+                    "switched at step": switch_span(part),
                     "step ms": "-" if fast.empty else f"{fast.median():.2f}",
                 }
             )
     return pd.DataFrame(lines)
-
-
-def difference(ours: pd.Series, others: pd.Series) -> str:
-    """Of two means, with its standard error where both are of two runs or more."""
-    found = f"{ours.mean() - others.mean():+.2f}"
-    if min(len(ours), len(others)) < 2:
-        return found
-    return f"{found} ± {np.hypot(ours.sem(ddof=1), others.sem(ddof=1)):.2f}"
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------

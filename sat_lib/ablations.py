@@ -1,5 +1,7 @@
 """Where SAT's accuracy comes from: cases and rows of the experiments `ablations`, `best` and `diagnosis`."""
 
+from statistics import fmean
+
 import torch
 
 from . import datasets, distributed
@@ -159,13 +161,13 @@ def layout_figures(maps: dict) -> dict[str, float]:
         return {}
     pooled, kept = torch.tensor(maps["transition"]), torch.tensor(maps["kept"]).bool()
     heads = kept if kept.dim() == 4 else kept[:, None]
-    masses = [mass_kept(pooled[layer], BlockLayout(grid, 1)) for layer in range(len(heads)) for grid in heads[layer]]
+    layouts = [(layer, BlockLayout(grid, 1)) for layer, grids in enumerate(heads) for grid in grids]
     return {
-        "mass_kept": sum(masses) / len(masses),
-        "density": float(heads.double().mean()),
+        "mass_kept": fmean(mass_kept(pooled[layer], layout) for layer, layout in layouts),
+        "density": fmean(layout.density for _, layout in layouts),
         "diagonal": float(heads.diagonal(dim1=-2, dim2=-1).sum() / heads.sum()),
         "distinct_columns": float(heads.any(-2).double().mean()),
-        "empty_rows": float((~heads.any(-1)).double().sum(-1).mean()),
+        "empty_rows": fmean(layout.empty_rows for _, layout in layouts),
     }
 
 

@@ -173,7 +173,7 @@ def compare(attention: Tensor, choices: Mapping[str, Choice]) -> list[dict]:
                 "density": layout.density,
                 "mass_kept": mass_kept(sums[layout.block], BlockLayout(layout.grid, 1)),  # its "entries" are blocks
                 "overlap": overlap(layout, best) if layout.block == best.block else None,
-                "empty_rows": int((~layout.grid.any(-1)).sum()),
+                "empty_rows": layout.empty_rows,
             }
         records.append(record | {"note": reason})
     return records

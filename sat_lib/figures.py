@@ -161,7 +161,6 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
     lines = []
     for (name, attention), part in rows.groupby(["task", "attention"], sort=False):
         percent = 100 * part["test_accuracy"]
-        switched = part["transition_step"].dropna()
         lines.append(
             {
                 "task": TASK_NAMES.get(name, name),
@@ -169,12 +168,18 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
                 "runs": len(part),
                 "mean %": round(percent.mean(), 2),
                 "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
-                "switched at step": f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-",
+                "switched at step": switch_span(part),
                 "seconds a run": round(run_seconds(part).median()),
                 "published mean %": PUBLISHED_ACCURACY.get(attention, {}).get(name),
             }
         )
     return pd.DataFrame(lines).drop(columns=[] if published else "published mean %")
+
+
+def switch_span(rows: pd.DataFrame) -> str:
+    """The earliest and the latest transition of runs, a dash where none switched."""
+    switched = rows["transition_step"].dropna()
+    return f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-"
 
 
 def run_seconds(rows: pd.DataFrame) -> pd.Series:

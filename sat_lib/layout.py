@@ -95,6 +95,11 @@ class BlockLayout:
         return self.kept_blocks / self.grid.numel()
 
     @property
+    def empty_rows(self) -> int:
+        """Block rows without a kept block, over all heads."""
+        return int((~self.grid.any(-1)).sum())
+
+    @property
     def device(self) -> torch.device:
         return self.grid.device
 

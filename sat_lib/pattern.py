@@ -278,7 +278,7 @@ def diagnose(scores: Tensor, pooled: Tensor, density: float, width: int) -> dict
         "form_mass": mass_kept(pooled, formed),
         "overlap": overlap(chosen, best),
         "diagonal": float(chosen.grid.diagonal().sum() / chosen.kept_blocks),
-        "empty_rows": int((~chosen.grid.any(-1)).sum()),
+        "empty_rows": chosen.empty_rows,
     }
 
 

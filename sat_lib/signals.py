@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import require
-from .model import Encoder, SelfAttention
+from .model import Encoder
 from .reference import attention_map, block_correlation
 
 SIGNALS = ("attention", "excess", "content", "value", "taylor", "gradient", "fisher", "gate", "correlation")
@@ -185,21 +185,12 @@ def _learn_gate(probe: Encoder, tokens: Tensor, labels: Tensor, seed: int) -> Te
 def _correlations(probe: Encoder, tokens: Tensor) -> Tensor:
     """Of the means that all examples' blocks have, a head at a time."""
     config, values = probe.config, [[] for _ in probe.layers]
-
-    def look(attention: SelfAttention, inputs: tuple) -> None:
-        x, mask, _ = inputs
-        _, _, v = attention.heads(x)
-        values[[part.attention for part in probe.layers].index(attention)].append((v, mask))
-
-    for part in probe.layers:
+    for layer, part in enumerate(probe.layers):
+        look = lambda attention, inputs, seen=values[layer]: seen.append(attention.heads(inputs[0])[2])
         part.attention.register_forward_pre_hook(look)
     with torch.no_grad():
         for some in tokens.split(BATCH):
             probe(some)
-    scores = []
-    for layer in values:
-        v = torch.cat([v for v, _ in layer])
-        mask = None if layer[0][1] is None else torch.cat([mask for _, mask in layer])
-        of_heads = [block_correlation(v[:, [head]], config.block, mask) for head in range(config.heads)]
-        scores.append(torch.stack(of_heads))
-    return torch.stack(scores)
+    mask = tokens != 0 if config.masked_attention else None
+    of_heads = lambda v: torch.stack([block_correlation(v[:, [h]], config.block, mask) for h in range(config.heads)])
+    return torch.stack([of_heads(torch.cat(of_layer)) for of_layer in values])

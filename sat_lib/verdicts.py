@@ -88,11 +88,16 @@ class Gap:
     def beyond(self) -> bool:
         return abs(self.difference) > 2 * self.error
 
+    @property
+    def numbers(self) -> str:
+        """The difference, with its error where there is one."""
+        return f"{self.difference:+.2f}" + ("" if np.isnan(self.error) else f" ± {self.error:.2f}")
+
     def __str__(self) -> str:
         if np.isnan(self.error):
             seeds = "one seed" if self.seeds == (1, 1) else f"{self.seeds[0]} and {self.seeds[1]} seeds"
-            return f"{self.difference:+.2f} ({seeds}, no spread)"
-        return f"{self.difference:+.2f} ± {self.error:.2f} ({'beyond' if self.beyond else 'within'} the spread)"
+            return f"{self.numbers} ({seeds}, no spread)"
+        return f"{self.numbers} ({'beyond' if self.beyond else 'within'} the spread)"
 
 
 def gap(values: pd.Series, others: pd.Series) -> Gap | None:

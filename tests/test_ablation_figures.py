@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from sat_lib import ablation_figures, ablations, experiments, paper
+from sat_lib.verdicts import gap
 
 
 def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, **more):
@@ -77,8 +78,8 @@ def test_conclusions_part_what_gained_from_what_did_not(rows):
 
 def test_a_difference_has_the_standard_error_of_two_means():
     ours, others = pd.Series([1.0, 3.0]), pd.Series([0.0, 4.0, 2.0])
-    assert ablation_figures.difference(ours, others) == f"+0.00 ± {np.hypot(1, 2 / np.sqrt(3)):.2f}"
-    assert ablation_figures.difference(ours, others[:1]) == "+2.00"
+    assert gap(ours, others).numbers == f"+0.00 ± {np.hypot(1, 2 / np.sqrt(3)):.2f}"
+    assert gap(ours, others[:1]).numbers == "+2.00"
 
 
 def test_the_best_table_sets_beside_it_runs_of_as_many_steps():

@@ -21,9 +21,9 @@ LEVELS = {
     **dict.fromkeys(("benchmarks", "comparison", "motivation", "pretraining", "stages", "notebook_run"), 11),
     "training_cases": 11,
     "ablations": 12,
-    **dict.fromkeys(("parallel_figures", "ablation_figures"), 11),
+    "parallel_figures": 11,
     **dict.fromkeys(("experiments", "map_figures", "pattern_figures", "verdicts"), 13),
-    **dict.fromkeys(("reproduce", "explore", "verdict_figures", "sweep", "__init__"), 14),
+    **dict.fromkeys(("reproduce", "explore", "verdict_figures", "ablation_figures", "sweep", "__init__"), 14),
     "paper": 15,
     "__main__": 16,
 }
