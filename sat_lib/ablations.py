@@ -1,5 +1,6 @@
 """Where SAT's accuracy comes from: cases and rows of the experiments `ablations`, `best` and `diagnosis`."""
 
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -8,15 +9,24 @@ from . import datasets, distributed
 from .baselines import BASELINES
 from .layout import BlockLayout
 from .pattern import diagnose, mass_kept
-from .recipes import best_settings, run_config
+from .recipes import BEST_MODEL, RunConfig, best_recipe
 from .reference import pool_blocks
 from .train import Trainer
 from .training_cases import SHORT_RUN, SMOKE_RUN, Context, case_config, load_data, run_case, train
 
 # ---- ablations -------------------------------------------------------------------------------------------------------
 
-# What a layout can come from: changes of the preset "best" in the recipe, and in the model. A density of None is the
-# task's published one; that of "best" keeps one block of each row and head.
+# The base, from which one thing is changed at a time; the preset "best" grew out of it. Every head keeps one block of
+# each row and column.
+BASE_MODEL = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
+BASE_RECIPE = {
+    "pattern_budget": "balanced",
+    "pattern_heads": "own",
+    "switch_rule": "overfit",
+    "schedule_after": "continued",
+}
+# What a layout can come from: changes of the base in the recipe, and in the model. A density of None is the task's
+# published one.
 _SHARED = {"pattern_heads": "shared"}
 _LARGEST = {"pattern_budget": "blocks", "density": None} | _SHARED
 _BY_ROW = {"pattern_budget": "rows", "density": None} | _SHARED
@@ -49,12 +59,16 @@ PLANS = {
             "layout": tuple(LAYOUTS),
             "pruned": ("zero", "released, zero"),
             "schedule": ("constant",),
-            "switch_at": (190, 500, 1_500, 2_000),
+            "rate_after": (1.0,),
+            "average": (120,),
+            "dropout": (0.2,),
+            "switch_at": (190, 500, 750, 1_500, 2_000),
             "density": (0.02, 0.0625, 0.125, 0.25, 0.4),
-            "block": (16, 64),
+            "block": (16, 64, "16, three a row"),
             "theta": (1.7, 0.0, 3.4),
             "delta": (0.65, 5.2),
-            "rule": ("overfit",),
+            "rule": ("overfit", "gap"),
+            "preset": ("best",),
         },
         "agnews": {
             "run": {"steps": 600, "eval_every": 50, "switch_at": 50},
@@ -64,10 +78,14 @@ PLANS = {
             ),
             "pruned": ("zero", "released, zero"),
             "schedule": ("constant",),
-            "switch_at": (0, 100, 200),
+            "rate_after": (1.0,),
+            "average": (24,),
+            "switch_at": (0, 100, 150, 200),
             "density": (0.08, 0.25),
-            "rule": ("overfit",),
+            "block": ("16, three a row",),
+            "rule": ("overfit", "gap"),
             "mean_over": ("real", "real, dense"),
+            "preset": ("best",),
         },
     },
     "smoke": {
@@ -80,16 +98,17 @@ PLANS = {
             "pruned": ("zero",),
             "switch_at": (200,),
             "density": (0.25,),
+            "preset": ("best",),
         },
     },
 }
 
 
 def ablation_cases(profile: str) -> list[dict]:
-    """One thing changed at a time, seed by seed; what isn't is as in the preset "best", with a forced transition.
+    """One thing changed at a time, seed by seed; what isn't is as in the base, with a forced transition.
 
-    `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta and delta decide about
-    the transition, and so does the rule "overfit": it isn't forced there.
+    `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta, delta and the rules
+    decide about the transition: it isn't forced there. The preset "best" changes several things at once.
     """
     seeds = range(1 if profile == "smoke" else 3)
     return [
@@ -103,8 +122,8 @@ def ablation_cases(profile: str) -> list[dict]:
 def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, str, dict, dict]]:
     """(group, value, attention, model, recipe) of each case of a task."""
     small, run = _small(name, profile), plan["run"]
-    base = run_config(name, "sat", model=small)
-    best = best_settings(base.model.blocks)
+    base = case_config(run_case(name, "sat", 0, profile, model=small, **run))
+    recipe_of_base = BASE_RECIPE | {"density": 1 / base.model.blocks}
     without_switch = {key: value for key, value in run.items() if key != "switch_at"}
     cases = [("dense", "dense", "dense", small, without_switch)]
     for group, values in plan.items():
@@ -112,20 +131,21 @@ def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, s
             if value == "real, dense":
                 cases.append((group, value, "dense", small | {"mean_over": "real"}, without_switch))
                 continue
-            recipe, model = _changes(group, value, base.model.length, run)
-            settings = best["recipe"] | run | recipe
+            recipe, model = _changes(group, value, base)
+            settings = recipe_of_base | run | recipe
             if settings["density"] is None:
                 settings["density"] = base.recipe.density
-            cases.append((group, value, "sat", small | best["model"] | model, settings))
+            cases.append((group, value, "sat", small | BASE_MODEL | model, settings))
     return cases
 
 
-def _changes(group: str, value, length: int, run: dict) -> tuple[dict, dict]:
+def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
     """What a value of a group changes in the recipe, and in the model."""
+    length, steps = base.model.length, base.recipe.steps
     if group == "layout":
         recipe, model = LAYOUTS[value]
         if "pattern_refresh" in recipe:
-            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * run["steps"])}
+            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * steps)}
         return recipe, model
     if group == "pruned":
         recipe, model = LAYOUTS["released"] if value == "released, zero" else ({}, {})
@@ -133,12 +153,16 @@ def _changes(group: str, value, length: int, run: dict) -> tuple[dict, dict]:
     if group == "schedule":
         return {"schedule_after": value}, {}
     if group == "block":
-        return {"density": value / length}, {"block": value}
+        block, each = (16, 3) if value == "16, three a row" else (value, 1)
+        return {"density": each * block / length}, {"block": block}
+    if group == "preset":
+        blocks = replace(base.model, **BEST_MODEL).blocks
+        return best_recipe(blocks, steps) | {"schedule_after": "constant"}, BEST_MODEL
     if group in ("theta", "delta"):
         return {"switch_at": None, "switch_rule": "stable", group: value}, {}
-    if group == "mean_over":
-        return {}, {"mean_over": value}
-    return {"switch_at": None} if group == "rule" else {group: value}, {}
+    if group == "rule":
+        return {"switch_at": None, "switch_rule": value}, {}
+    return ({}, {group: value}) if group in ("mean_over", "dropout") else ({group: value}, {})
 
 
 def ablate(case: dict, context: Context) -> dict:
@@ -175,21 +199,39 @@ def layout_figures(maps: dict) -> dict[str, float]:
 
 
 def best_cases(profile: str) -> list[dict]:
-    """The preset "best": CIFAR-10 in the published number of steps, five seeds; text sets in short runs, three seeds,
-    and beside them the baselines on AG News."""
+    """The preset "best": CIFAR-10 in the published number of steps, five seeds; text sets in short runs, three seeds.
+
+    Beside it the base; the baselines on AG News; and what the average of the weights does for all the others.
+    """
     if profile == "smoke":
         return [_best_case("digits16", 0, profile)]
     cases = [_best_case("cifar10", seed, profile) for seed in range(5)]
     for seed in range(3):
         cases += [_best_case(name, seed, profile, **SHORT_RUN) for name in ("agnews", "imdb", "yelp")]
         cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
+        cases += [_averaged_case("cifar10", attention, seed) for attention in ("dense", *BASELINES)]
+        cases += [_averaged_case("agnews", attention, seed, **SHORT_RUN) for attention in ("dense", *BASELINES)]
+    cases += [_base_case("cifar10", seed) for seed in range(5)]
+    cases += [_base_case("agnews", seed, **SHORT_RUN) for seed in range(3)]
     return cases
 
 
 def _best_case(name: str, seed: int, profile: str, **changes) -> dict:
-    small = _small(name, profile)
-    best = best_settings(run_config(name, "sat", model=small).model.blocks)
-    return run_case(name, "sat", seed, profile, model=small | best["model"], **(best["recipe"] | changes))
+    model = BEST_MODEL | _small(name, profile)
+    run = case_config(run_case(name, "sat", seed, profile, model=model, **changes))
+    recipe = best_recipe(run.model.blocks, run.recipe.steps)
+    return run_case(name, "sat", seed, profile, model=model, **recipe, **changes)
+
+
+def _averaged_case(name: str, attention: str, seed: int, **changes) -> dict:
+    run = case_config(run_case(name, attention, seed, "paper", **changes))
+    average = best_recipe(run.model.blocks, run.recipe.steps)["average"]
+    return run_case(name, attention, seed, "paper", average=average, **changes)
+
+
+def _base_case(name: str, seed: int, **changes) -> dict:
+    blocks = case_config(run_case(name, "sat", seed, "paper", model=BASE_MODEL)).model.blocks
+    return run_case(name, "sat", seed, "paper", model=BASE_MODEL, density=1 / blocks, **BASE_RECIPE, **changes)
 
 
 def _small(name: str, profile: str) -> dict:

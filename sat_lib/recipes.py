@@ -22,11 +22,15 @@ PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 class Recipe:
     """Everything beside the model that decides a run.
 
-    `schedule_after` says what the learning rate does after the transition: "constant" (released: a fresh AdamW at
-    half the peak rate, its schedule left behind) or "continued" (half the peak rate, the OneCycle schedule going on).
+    `schedule_after` says what the learning rate of the fresh AdamW does after the transition: "constant" (released: its
+    schedule is left behind) or "continued" (the OneCycle schedule goes on); `rate_after` is the peak then, as a share
+    of `rate` (released: half). `average`: what is evaluated and kept is the moving average of the weights, exponential
+    over about so many steps, which begins with the sparse phase, or where there is none, with the run; None evaluates
+    the weights themselves.
     `switch_at` forces the transition at the end of that step, whatever the test says; None leaves it to `switch_rule`:
-    "stable" is the published test with `theta` and `delta`; "overfit" switches in the step after the first evaluation
-    whose dev loss is above that of the evaluation before.
+    "stable" is the published test with `theta` and `delta`; the others switch in the step after the first evaluation
+    whose dev loss is above that of the evaluation before ("overfit"), or above the mean training loss since then
+    ("gap").
     `pattern` says what the generator is given at the transition: "learned", R~; "near", nearness to the diagonal;
     "random" scores; or a name in `signals.SIGNALS`, measured on `PROBE_EXAMPLES` training examples. `pattern_budget` is
     the generator's, see `pattern.generate_layout`; `pattern_heads` "shared" (one pattern a layer) or "own" (one a
@@ -45,6 +49,8 @@ class Recipe:
     delta: float = 1.3
     batch: int = 512
     schedule_after: str = "constant"
+    rate_after: float = 0.5
+    average: int | None = None
     precision: str = "bf16"
     protocol: str = "dev"
     switch_at: int | None = None
@@ -61,13 +67,16 @@ class Recipe:
             require(getattr(self, name) >= 1, f"{name}: wanted at least 1; got {getattr(self, name)}")
         fits = 1 < self.warm_up < self.steps  # PyTorch's schedule divides by one step less
         require(fits, f"warm_up: wanted 2 or more and less than {self.steps} steps; got {self.warm_up}")
-        require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
+        for name in ("rate", "rate_after"):
+            require(getattr(self, name) > 0, f"{name}: wanted more than 0; got {getattr(self, name)}")
+        averaged = self.average is None or self.average >= 1
+        require(averaged, f"average: wanted None, or 1 or more steps; got {self.average}")
         require(0 < self.density <= 1, f"density: wanted more than 0 and at most 1; got {self.density}")
         for name, allowed in {
             "schedule_after": ("constant", "continued"),
             "precision": PRECISIONS,
             "protocol": PROTOCOLS,
-            "switch_rule": ("stable", "overfit"),
+            "switch_rule": ("stable", "overfit", "gap"),
             "pattern": PATTERNS,
             "pattern_budget": tuple(BUDGETS),
             "pattern_heads": ("shared", "own"),
@@ -128,7 +137,7 @@ def run_config(
     Args:
         attention: name in `attention.ATTENTION`.
         preset: "released"; "continued", in which the schedule goes on after the transition; or "best", see
-            `best_settings`.
+            `BEST_MODEL` and `best_recipe`.
         model: changes to the model's fields; `changes`: to the recipe's fields (seed, steps, ...).
 
     Raises:
@@ -139,31 +148,33 @@ def run_config(
     for given, known in ((changes, Recipe), (model or {}, ModelConfig)):
         unknown = sorted(set(given) - set(known.__dataclass_fields__))
         require(not unknown, f"unknown setting {unknown}; known: {sorted(known.__dataclass_fields__)}")
-    if preset != "released":
+    if preset == "continued":
         changes = {"schedule_after": "continued"} | changes
     if preset == "best":
         require(attention == "sat", f"preset: 'best' is for the attention 'sat'; got {attention!r}")
-        blocks = model_config(task_name, **(model or {})).blocks
-        best = best_settings(blocks)
-        model, changes = best["model"] | (model or {}), best["recipe"] | changes
+        model = BEST_MODEL | (model or {})
+        changes = best_recipe(model_config(task_name, **model).blocks, changes.get("steps", base.steps)) | changes
     return RunConfig(model_config(task_name, attention=attention, **(model or {})), replace(base, **changes))
 
 
-def best_settings(blocks: int) -> dict[str, dict]:
-    """What the preset "best" changes of a task's model and recipe, for N block rows; the ablations led to it.
+# The preset "best", which the ablations led to: W^P learns which blocks' contents go together, and pruned entries drop
+# out of the softmax.
+BEST_MODEL = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
 
-    W^P learns which blocks' contents go together, every head keeps one block of each row and column, pruned entries
-    drop out of the softmax, the switch comes when the dense phase begins to overfit, and the schedule goes on.
+
+def best_recipe(blocks: int, steps: int) -> dict:
+    """What the preset "best" changes of a task's recipe, for N block rows and so many steps.
+
+    Every head keeps three blocks of each row and column; the switch comes when the dense phase begins to learn by
+    heart; the rate is at its peak from then on, and the weights are averaged over a 25th of the run.
     """
     return {
-        "model": {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"},
-        "recipe": {
-            "density": 1 / blocks,
-            "pattern_budget": "balanced",
-            "pattern_heads": "own",
-            "switch_rule": "overfit",
-            "schedule_after": "continued",
-        },
+        "density": min(1, 3 / blocks),
+        "pattern_budget": "balanced",
+        "pattern_heads": "own",
+        "switch_rule": "gap",
+        "rate_after": 1.0,
+        "average": max(1, steps // 25),
     }
 
 
@@ -173,7 +184,7 @@ def dense_phase(config: RunConfig) -> RunConfig:
     Two configurations with the same one differ in nothing before their transition.
     """
     published = PUBLISHED[config.recipe.task]
-    late = ("density", "theta", "delta", "schedule_after", "switch_rule")
+    late = ("density", "theta", "delta", "schedule_after", "rate_after", "average", "switch_rule")
     late += ("pattern", "pattern_budget", "pattern_heads", "pattern_refresh")
     recipe = replace(config.recipe, switch_at=config.recipe.steps, **{name: getattr(published, name) for name in late})
     return RunConfig(replace(config.model, pruned=ModelConfig.__dataclass_fields__["pruned"].default), recipe)

@@ -2,7 +2,8 @@
 
     config.json      the configuration          metrics.jsonl   a line per step or evaluation
     last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
-    step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same
+    step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same (of a
+                     recipe with `average`, the average)
     result.json      written last: the run is finished
 
 Runs that are forced to switch, and are alike until then, may share their dense phase: see `fit`, `shared`.
@@ -98,13 +99,13 @@ def fit(
         bar = stack.enter_context(tqdm(**run.bar_settings(progress and distributed.rank() == 0)))
         while run.trainer.step < config.recipe.steps:
             if run.trainer.step in snapshots:
-                run.save_model(snapshot_path(folder, run.trainer.step))
+                run.save_model(snapshot_path(folder, run.trainer.step), run.trainer.model)
             if run.trainer.step == stop_at:
                 run.save(bar)
                 return None
             run.advance(bar)
         if config.recipe.steps in snapshots:
-            run.save_model(snapshot_path(folder, config.recipe.steps))
+            run.save_model(snapshot_path(folder, config.recipe.steps), run.trainer.model)
         return run.finish()
 
 
@@ -235,11 +236,11 @@ class _Run:
         self._write_metrics([record])
         if score.accuracy > self.best.get(trainer.phase, {"dev_accuracy": -1})["dev_accuracy"]:
             self.best[trainer.phase] = {"step": trainer.step, "dev_accuracy": score.accuracy}
-            self.save_model(self.folder / f"best-{trainer.phase}.pt")
+            self.save_model(self.folder / f"best-{trainer.phase}.pt", trainer.evaluated)
 
-    def save_model(self, path: Path) -> None:
+    def save_model(self, path: Path, model: Encoder) -> None:
         """What `load_model` needs, and the step."""
-        state = self.trainer.state_dict()
+        state = self.trainer.state_dict() | {"model": model.state_dict()}
         self._save(path, {name: state[name] for name in ("config", "step", "model", "grids")})
 
     def save(self, bar: tqdm) -> None:
@@ -263,6 +264,7 @@ class _Run:
     def finish(self) -> dict:
         """Test the best checkpoint of each phase in that phase, and write result.json."""
         by_process = distributed.gathered(self._outcome())
+        self.trainer.average = None  # where there was one, the best checkpoints hold it
         for phase, best in self.best.items():
             self.trainer.model = load_model(self.folder / f"best-{phase}.pt", self.device)
             if self.trainer.fast:  # the dev split, which chose it, was scored that way

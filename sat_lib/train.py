@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import distributed
 from .captured import Captured, Reading
@@ -19,7 +20,7 @@ from .pattern import LOSS_WEIGHT, generate_layout, model_sparsity_loss, nearness
 from .recipes import PROBE_EXAMPLES, RunConfig, config_from_dict
 from .reference import pool_blocks
 from .signals import block_signal
-from .transition import TransitionRule
+from .transition import EvaluationRule, TransitionRule
 
 STEPS = ("auto", "fast", "plain")
 
@@ -110,10 +111,10 @@ class Trainer:
         self.rule = TransitionRule(recipe.theta, recipe.delta)
         self.step = 0
         self.transition_step: int | None = None
-        self.dev_loss: float | None = None  # of the last evaluation in the dense phase
-        self.overfitting = False
+        self.losses = EvaluationRule(recipe.switch_rule)
         self.maps: dict[str, Tensor] = {}  # what the transition saw: see `enter_sparse_phase`
         self._new_optimiser(recipe.rate, scheduled=True)
+        self._new_average()
         self._new_phase()
 
     def _fuse(self, step: str) -> str | None:
@@ -141,6 +142,18 @@ class Trainer:
         self._captured = Captured(self.device) if self.fast and self.device.type == "cuda" else None
         if self._captured:
             distributed.release_at_the_end(self._captured)
+
+    def _new_average(self) -> None:
+        """None in SAT's dense phase, whose evaluations the rules look at."""
+        self.average = None
+        if self.config.recipe.average is not None and not self.learning:
+            decay = 1 - 1 / self.config.recipe.average
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def evaluated(self) -> Encoder:
+        """The model that evaluations are of: as trained, or its moving average."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def phase(self) -> str:
@@ -187,10 +200,13 @@ class Trainer:
             measured = Reading(measured)  # read once the rest of the step is queued
         self._update()
         if learning:
+            self.losses.note_step(seen.loss)
             record["sparsity_loss"] = seen.sparsity_loss
             record |= self._test_transition(measured.values(), seen.mean_maps)
         elif self._refresh_is_due():
-            self.model.enter_sparse_phase(self._generate_layouts()[1])
+            layouts = self._generate_layouts()[1]
+            for model in {self.model, self.evaluated}:
+                model.enter_sparse_phase(layouts)
             self._new_phase()
         self.step += 1
         return record
@@ -236,13 +252,15 @@ class Trainer:
         self.optimiser.step()
         if self.schedule is not None and self.step + 1 < self.config.recipe.steps:
             self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def _test_transition(self, measured: list, mean_maps: Sequence[Tensor]) -> dict:
         if self.step == 0:
             self.maps["start"] = self._pool(mean_maps)
         stable, tests = self.rule.judge(measured)
         recipe = self.config.recipe
-        switch = stable if recipe.switch_rule == "stable" else self.overfitting
+        switch = stable if recipe.switch_rule == "stable" else self.losses.fired
         if switch if recipe.switch_at is None else self.step >= recipe.switch_at:
             self.enter_sparse_phase(mean_maps)
         return {
@@ -255,10 +273,9 @@ class Trainer:
         return torch.stack([pool_blocks(mean_map, self.config.model.block).float().cpu() for mean_map in mean_maps])
 
     def note_dev_loss(self, loss: float) -> None:
-        """Take an evaluation on the dev split, for the rule "overfit"."""
+        """Take an evaluation on the dev split, for the rules that look at it."""
         if self.learning:
-            self.overfitting = self.overfitting or (self.dev_loss is not None and loss > self.dev_loss)
-            self.dev_loss = loss
+            self.losses.note_evaluation(loss)
 
     def _refresh_is_due(self) -> bool:
         every = self.config.recipe.pattern_refresh
@@ -293,7 +310,7 @@ class Trainer:
 
     @torch.no_grad()
     def enter_sparse_phase(self, mean_maps: Sequence[Tensor]) -> None:
-        """Generate the layouts, freeze W^P, and go on with a fresh AdamW at half the peak rate.
+        """Generate the layouts, freeze W^P, and go on with a fresh AdamW.
 
         Keeps in `maps` on the CPU: "transition" (the pooled maps now, (layers, N, N)), "scores" (R~, or those of
         another pattern), "kept" (the block grids, by head where heads have their own).
@@ -314,24 +331,24 @@ class Trainer:
     def _start_sparse_phase(self, layouts: list[BlockLayout]) -> None:
         recipe = self.config.recipe
         self.model.enter_sparse_phase(layouts)
-        self._new_optimiser(recipe.rate / 2, scheduled=recipe.schedule_after == "continued")
+        self._new_optimiser(recipe.rate * recipe.rate_after, scheduled=recipe.schedule_after == "continued")
+        self._new_average()
         self._new_phase()
 
     @torch.no_grad()
     def evaluate(self, split: Split) -> Score:
-        """Score of the model as it is on a split; every example counts.
+        """Score of the model as it is, or of its moving average, on a split; every example counts.
 
         Under the "published" protocol an incomplete last batch is dropped, as the released code does.
         """
-        recipe, examples = self.config.recipe, self._on_device(split)
-        self.model.eval()
+        recipe, examples, model = self.config.recipe, self._on_device(split), self.evaluated.eval()
         stop = len(split) - len(split) % recipe.batch if recipe.protocol == "published" else len(split)
         require(stop > 0, f"batch: the published protocol wants {recipe.batch} examples or more; got {len(split)}")
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # right, loss, examples
         for start in range(recipe.batch * distributed.rank(), stop, recipe.batch * distributed.size()):
             tokens, labels = examples.batch(np.arange(start, min(start + recipe.batch, stop)))
             with self._autocast():
-                logits = self.model(tokens).logits.float()
+                logits = model(tokens).logits.float()
             right, loss = (logits.argmax(-1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([right, loss, torch.full_like(right, len(labels))]).double()
         right, loss, examples = distributed.total(sums).tolist()
@@ -347,9 +364,9 @@ class Trainer:
             "config": self.config.as_dict(),
             "step": self.step,
             "transition_step": self.transition_step,
-            "dev_loss": self.dev_loss,
-            "overfitting": self.overfitting,
+            "losses": self.losses.state_dict(),
             "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "grids": None if layouts is None else [layout.grid for layout in layouts],
             "optimiser": self.optimiser.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -380,10 +397,13 @@ class Trainer:
             "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
         )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
-        self.dev_loss, self.overfitting = state.get("dev_loss"), state.get("overfitting", False)  # older: neither
+        if "losses" in state:  # older ones had seen no evaluation
+            self.losses.load_state_dict(state["losses"])
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])

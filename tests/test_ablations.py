@@ -137,7 +137,7 @@ def test_a_layouts_name_says_what_it_comes_from(name):
 
 
 @pytest.mark.parametrize(("profile", "task"), [("smoke", "digits16"), ("paper", "cifar10"), ("paper", "agnews")])
-def test_an_ablation_changes_one_thing_of_the_preset_best(profile, task):
+def test_an_ablation_changes_one_thing_of_the_base(profile, task):
     cases = configs_of(profile, task)
     base = cases["layout", "correlation, learned"].as_dict()
     flat = lambda config: {**config["model"], **config["recipe"]}
@@ -146,7 +146,9 @@ def test_an_ablation_changes_one_thing_of_the_preset_best(profile, task):
                    "sparsity_target"},
         "schedule": {"schedule_after"}, "switch_at": {"switch_at"}, "density": {"density"},
         "block": {"block", "density"}, "theta": {"theta", "switch_at", "switch_rule"},
-        "delta": {"delta", "switch_at", "switch_rule"}, "rule": {"switch_at"}, "mean_over": {"mean_over"},
+        "delta": {"delta", "switch_at", "switch_rule"}, "rule": {"switch_at", "switch_rule"},
+        "mean_over": {"mean_over"}, "rate_after": {"rate_after"}, "average": {"average"}, "dropout": {"dropout"},
+        "preset": {"block", "density", "schedule_after", "rate_after", "average", "switch_rule"},
     }  # fmt: skip
     may["pruned"] = may["layout"] | {"pruned"}
     for (group, value), config in cases.items():
@@ -159,32 +161,47 @@ def test_an_ablation_changes_one_thing_of_the_preset_best(profile, task):
         changed = {name for name, field in flat(config.as_dict()).items() if field != flat(base)[name]}
         assert changed <= may[group], (group, value)
         assert changed or value == "correlation, learned"
-        if group not in ("layout", "rule"):
-            field = {"schedule": "schedule_after"}.get(group, group)
+        if group not in ("layout", "preset", "block"):
+            field = {"schedule": "schedule_after", "rule": "switch_rule"}.get(group, group)
             assert flat(config.as_dict())[field] == (str(value).split(", ")[-1] if group == "pruned" else value)
     for group, value in cases:
-        config, own_rule = cases[group, value], {"theta": "stable", "delta": "stable", "rule": "overfit"}
-        if group in own_rule:
-            assert (config.recipe.switch_at, config.recipe.switch_rule) == (None, own_rule[group])
+        config = cases[group, value]
+        if group in ("theta", "delta", "rule"):
+            rule = value if group == "rule" else "stable"
+            assert (config.recipe.switch_at, config.recipe.switch_rule) == (None, rule)
         if group == "block":
-            assert config.recipe.density == 1 / config.model.blocks
+            block, each = {"16, three a row": (16, 3)}.get(value, (value, 1))
+            assert (config.model.block, config.recipe.density) == (block, each / config.model.blocks)
     of_the_run = {"steps", "eval_every", "warm_up", "batch", "rate", "switch_at"}
-    best = run_config(task, "sat", "best", model={"block": base["model"]["block"]}).as_dict()
-    assert {name for name in flat(best) if flat(best)[name] != flat(base)[name]} <= of_the_run
+    forced = flat(cases["preset", "best"].as_dict())
+    best = flat(run_config(task, "sat", "best", steps=forced["steps"]).as_dict())
+    assert {name for name in best if best[name] != forced[name]} <= of_the_run
 
 
-def test_best_runs_are_of_the_preset_best_beside_the_baselines():
-    cases = best_cases("paper")
-    for case in cases:
-        if case["attention"] == "sat":
-            changes = {name: case["recipe"][name] for name in ("steps", "eval_every") if name in case["recipe"]}
-            assert case_config(case) == run_config(case["task"], "sat", "best", seed=case["seed"], **changes)
-    counted = Counter((case["task"], case["attention"]) for case in cases)
-    baselines = dict.fromkeys((("agnews", name) for name in ("longformer", "bigbird", "lsg")), 3)
-    assert counted == {("cifar10", "sat"): 5, ("agnews", "sat"): 3, ("imdb", "sat"): 3, ("yelp", "sat"): 3} | baselines
-    assert all(case["recipe"]["steps"] == 1_000 for case in cases if case["task"] != "cifar10")
+def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_averaged():
+    cases, configs = best_cases("paper"), list(map(case_config, best_cases("paper")))
+    assert {case["recipe"].get("steps") for case in cases if case["task"] == "cifar10"} == {None}
+    assert {case["recipe"]["steps"] for case in cases if case["task"] != "cifar10"} == {1_000}
+    short = lambda task: {} if task == "cifar10" else {"steps": 1_000, "eval_every": 50}
+
+    def seeds(task, attention="sat", preset="released", **changes):
+        runs = [run_config(task, attention, preset, seed=seed, **short(task), **changes) for seed in range(5)]
+        return sum(run in configs for run in runs)
+
+    for task, wanted in {"cifar10": 5, "agnews": 3, "imdb": 3, "yelp": 3}.items():
+        assert seeds(task, preset="best") == wanted
+    base = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
+    recipe = {"density": 1 / 32, "pattern_budget": "balanced", "pattern_heads": "own", "switch_rule": "overfit"}
+    for task, wanted in {"cifar10": 5, "agnews": 3}.items():
+        assert seeds(task, preset="continued", model=base, **recipe) == wanted
+    baselines = ("longformer", "bigbird", "lsg")
+    for attention in baselines:
+        assert seeds("agnews", attention) == 3
+    for attention in ("dense", *baselines):
+        assert seeds("cifar10", attention, average=400) == seeds("agnews", attention, average=40) == 3
+    assert len(cases) == 5 + 3 * 3 + 5 + 3 + 3 * 3 + 3 * 4 * 2
     (smoke,) = best_cases("smoke")
-    assert case_config(smoke).recipe.density == 1 / case_config(smoke).model.blocks
+    assert case_config(smoke).recipe.density == 3 / case_config(smoke).model.blocks
 
 
 def test_diagnoses_are_of_the_published_recipe_with_either_start_of_the_parameter():

@@ -1,3 +1,4 @@
+import copy
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ from conftest import tiny_config, tiny_splits
 from sat_lib import files, runs
 from sat_lib.errors import InputError
 from sat_lib.recipes import dense_phase
-from sat_lib.runs import NonFiniteLoss, fit, load_checkpoint, load_model
+from sat_lib.runs import NonFiniteLoss, fit, load_checkpoint, load_model, snapshot_path
 
 CPU = torch.device("cpu")
 
@@ -115,6 +116,28 @@ def test_each_phases_best_is_tested_in_its_own_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Trainer, "evaluate", recorded)
     run(tmp_path)
     assert tested == [("dense", True), ("sparse", False)]
+
+
+def test_the_best_checkpoint_of_a_recipe_with_an_average_holds_it_and_is_what_is_tested(tmp_path, monkeypatch):
+    averages, evaluate = {}, runs.Trainer.evaluate
+
+    def recorded(self, split):
+        if split is self.data.dev and self.average is not None:
+            averages[self.step] = copy.deepcopy(self.evaluated)
+        return evaluate(self, split)
+
+    monkeypatch.setattr(runs.Trainer, "evaluate", recorded)
+    config = tiny_config(average=4)
+    result = run(tmp_path, config, snapshots=(12,))
+    best = result["best"]["sparse"]
+    held, kept = load_model(tmp_path / "best-sparse.pt", CPU), averages[best["step"]]
+    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in held.state_dict().items())
+    trainer = runs.Trainer(config, tiny_splits(), CPU)
+    trainer.model = held
+    assert best["test_accuracy"] == trainer.evaluate(trainer.data.test).accuracy == result["test_accuracy"]
+    last, snapshot = load_checkpoint(tmp_path / "last.pt", CPU), load_checkpoint(snapshot_path(tmp_path, 12), CPU)
+    for name, value in snapshot["model"].items():
+        assert torch.equal(value, last["trainer"]["model"][name])
 
 
 @pytest.mark.parametrize("step", [2, 8])

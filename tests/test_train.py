@@ -13,7 +13,7 @@ from sat_lib.attention import ATTENTION
 from sat_lib.errors import InputError
 from sat_lib.model import Encoder
 from sat_lib.pattern import LOSS_WEIGHT, generate_layout, nearness, sparsity_loss
-from sat_lib.recipes import PUBLISHED, best_settings, config_from_dict, dense_phase, run_config
+from sat_lib.recipes import PUBLISHED, config_from_dict, dense_phase, run_config
 from sat_lib.reference import block_correlation
 from sat_lib.signals import block_signal
 from sat_lib.train import Trainer, batch_indices
@@ -133,6 +133,68 @@ def test_released_rate_is_constant_at_half_the_peak_and_continued_goes_on_with_t
     np.testing.assert_allclose(continued[5:], np.array(dense[5:]) / 2)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0, 1.5])
+def test_the_rate_after_the_transition_is_a_share_of_the_peak(share):
+    made = trainer(rate_after=share)
+    np.testing.assert_allclose([r["rate"] for r in steps(made, 8)][5:], 0.01 * share)
+    continued, half = (
+        [r["rate"] for r in steps(trainer(preset="continued", rate_after=rate), 12)] for rate in (share, 0.5)
+    )
+    np.testing.assert_allclose(continued[:5], half[:5])
+    np.testing.assert_allclose(continued[5:], 2 * share * np.array(half[5:]))
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("attention", "begins"), [("sat", 5), ("dense", 0)])
+def test_the_average_of_the_weights_is_evaluated_and_forgets_exponentially(attention, begins, name):
+    settings = {"attention": attention, "model": {"dropout": 0.0}}
+    made, plain = trainer(name, average=4, **settings), trainer(name, **settings)
+    wanted = None
+    for step in range(10):
+        assert (made.evaluated is made.model) == (step < begins)
+        steps(made, 1), steps(plain, 1)
+        now = weights(made.model)
+        if step >= begins:
+            wanted = now if wanted is None else 0.75 * wanted + 0.25 * now
+            torch.testing.assert_close(weights(made.evaluated), wanted, rtol=1e-5, atol=1e-6)
+    test = made.data.test
+    seen, raw = made.evaluate(test), plain.evaluate(test)
+    torch.testing.assert_close(weights(made.model), weights(plain.model), rtol=0, atol=0)  # it changes no training
+    assert seen.loss != raw.loss
+    plain.model.load_state_dict(made.evaluated.state_dict())
+    assert plain.evaluate(test).loss == pytest.approx(seen.loss, rel=1e-6)
+
+
+def test_the_average_over_one_step_is_the_model_itself():
+    made, plain = (trainer(average=average, model={"dropout": 0.0}) for average in (1, None))
+    steps(made, 8), steps(plain, 8)
+    assert made.evaluate(made.data.dev) == plain.evaluate(plain.data.dev)
+
+
+def test_the_averaged_model_has_the_refreshed_layouts():
+    made = trainer(average=4, pattern="random", pattern_refresh=3)
+    for _ in range(12):
+        steps(made, 1)
+        assert made.evaluated.layouts == made.model.layouts
+    assert made.phase == "sparse"
+
+
+@pytest.mark.parametrize("attention", ["sat", "dense"])
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_an_average_goes_on_from_a_checkpoint(attention, stop):
+    settings = {"attention": attention, "average": 3, "model": {"dropout": 0.0}}
+    whole, first, second = (trainer(**settings) for _ in range(3))
+    steps(whole, 12), steps(first, stop)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(second, 12 - stop)
+    assert torch.equal(weights(second.evaluated), weights(whole.evaluated))
+    assert second.evaluate(second.data.test) == whole.evaluate(whole.data.test)
+
+
 def test_the_transition_waits_for_the_rule_where_it_is_not_forced():
     never = trainer(switch_at=None, theta=1e9)
     steps(never, 8)
@@ -148,36 +210,51 @@ def test_the_rule_overfit_switches_at_the_end_of_the_step_after_the_dev_loss_ros
         steps(made, 1)
         made.note_dev_loss(loss)
     steps(made, 1)
-    assert (made.phase, made.overfitting) == ("dense", False)
+    assert (made.phase, made.losses.fired) == ("dense", False)
     made.note_dev_loss(0.81)
     made.note_dev_loss(0.5)  # what has begun isn't undone
     assert made.phase == "dense"
     steps(made, 1)
     assert (made.phase, made.transition_step) == ("sparse", 5)
     made.note_dev_loss(0.7)
-    assert made.dev_loss == 0.5
+    assert made.losses.dev_loss == 0.5
 
 
+def test_the_rule_gap_switches_at_the_end_of_the_step_after_the_dev_loss_was_above_the_training_loss():
+    made = trainer(switch_at=None, switch_rule="gap", theta=-1e9, delta=1e9)
+    for above in (-0.01, -0.01, 0.01):
+        mean = np.mean([float(record["loss"]) for record in steps(made, 2)])
+        assert made.phase == "dense"
+        made.note_dev_loss(mean + above)
+    made.note_dev_loss(-1.0)  # no step since; what has fired isn't undone
+    steps(made, 1)
+    assert (made.phase, made.transition_step) == ("sparse", 6)
+
+
+@pytest.mark.parametrize("rule", ["overfit", "gap"])
 @pytest.mark.parametrize("last", [0.9, 1.1])
-def test_the_rule_overfit_goes_on_from_a_checkpoint(last):
-    settings = {"switch_at": None, "switch_rule": "overfit"}
+def test_a_rule_that_looks_at_evaluations_goes_on_from_a_checkpoint(rule, last):
+    settings = {"switch_at": None, "switch_rule": rule}
     made, other, third = (trainer(**settings) for _ in range(3))
-    steps(made, 2)
-    made.note_dev_loss(1.0)
+    losses = [float(record["loss"]) for record in steps(made, 2)]
+    if rule == "overfit":
+        made.note_dev_loss(np.mean(losses))
     other.load_state_dict(copy.deepcopy(made.state_dict()))
-    other.note_dev_loss(last)
+    other.note_dev_loss(np.mean(losses) * last)
     third.load_state_dict(copy.deepcopy(other.state_dict()))
     for each in (other, third):
         steps(each, 1)
         assert each.transition_step == (2 if last > 1 else None)
 
 
-def test_a_forced_switch_waits_for_its_step_even_where_the_dev_loss_rises():
-    made = trainer(switch_rule="overfit")
-    made.note_dev_loss(1.0)
-    made.note_dev_loss(2.0)
-    steps(made, 5)
-    assert made.transition_step == 4
+@pytest.mark.parametrize("rule", ["overfit", "gap"])
+def test_a_forced_switch_waits_for_its_step_whatever_the_evaluations_say(rule):
+    made = trainer(switch_rule=rule)
+    steps(made, 1)
+    for loss in (1e9, 2e9):
+        made.note_dev_loss(loss)
+    steps(made, 4)
+    assert made.losses.fired and made.transition_step == 4
 
 
 def test_a_dense_model_never_looks_at_its_maps():
@@ -214,12 +291,12 @@ def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
         trainer(model={"window": 32}).load_state_dict(state)
 
 
-def test_a_checkpoint_from_before_the_rule_overfit_has_seen_no_evaluation():
+def test_a_checkpoint_from_before_the_rules_on_evaluations_has_seen_none():
     state = trainer().state_dict()
-    del state["dev_loss"], state["overfitting"]
+    del state["losses"]
     made = trainer()
     made.load_state_dict(state)
-    assert (made.dev_loss, made.overfitting) == (None, False)
+    assert (made.losses.dev_loss, made.losses.fired) == (None, False)
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing():
@@ -389,6 +466,7 @@ def test_resuming_between_refreshes_gives_the_same_run_bit_for_bit(pattern, stop
 
 # What may differ between two runs that have their dense phase in common.
 LATE = (
+    {"rate_after": 1.0}, {"average": 3},
     {"density": 0.5}, {"theta": 3.0}, {"delta": 7.0}, {"preset": "continued"}, {"switch_at": 7}, {"switch_at": None},
     {"switch_rule": "overfit"}, {"pattern": "near"}, {"pattern_budget": "rows"}, {"pattern_heads": "own"},
     {"pattern": "random", "pattern_refresh": 2}, {"model": {"pruned": "drop"}},
@@ -440,7 +518,9 @@ def test_configurations_are_checked_and_survive_json():
         ({"precision": "fp8"}, "precision: wanted one of"),
         ({"batch": 0}, "batch: wanted at least 1"),
         ({"rate": -1.0}, "rate: wanted more than 0"),
-        ({"switch_rule": "early"}, r"switch_rule: wanted one of \('stable', 'overfit'\); got 'early'"),
+        ({"rate_after": 0}, "rate_after: wanted more than 0; got 0"),
+        ({"average": 0}, "average: wanted None, or 1 or more steps; got 0"),
+        ({"switch_rule": "early"}, r"switch_rule: wanted one of \('stable', 'overfit', 'gap'\); got 'early'"),
         ({"pattern": "learnt"}, r"pattern: wanted one of \('learned', 'near', 'random', 'attention', .*; got 'learnt'"),
         (
             {"pattern_budget": "columns"},
@@ -462,32 +542,34 @@ def test_configurations_are_checked_and_survive_json():
 
 
 def test_the_preset_best_is_what_the_ablations_led_to():
-    model = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
-    for task, changes, blocks in (("cifar10", {}, 32), ("digits16", {"block": 16}, 16)):
+    model = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
+    for task, changes, blocks, average in (("cifar10", {}, 64, 400), ("digits16", {"steps": 300}, 16, 12)):
         recipe = {
-            "density": 1 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
-            "switch_rule": "overfit", "switch_at": None, "schedule_after": "continued", "pattern_refresh": None,
+            "density": 3 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
+            "switch_rule": "gap", "switch_at": None, "schedule_after": "constant", "rate_after": 1.0,
+            "average": average, "pattern_refresh": None,
         }  # fmt: skip
-        made = run_config(task, "sat", "best", model=changes)
-        assert made == run_config(task, "sat", model=changes | model, **recipe)
+        made = run_config(task, "sat", "best", **changes)
+        assert made == run_config(task, "sat", model=model, **recipe, **changes)
         assert made.model.blocks == blocks
-    assert best_settings(32)["recipe"]["density"] == 1 / 32
-    changed = run_config("cifar10", "sat", "best", model={"pruned": "zero"}, density=0.25, schedule_after="constant")
-    assert (changed.model.pruned, changed.recipe.density, changed.recipe.schedule_after) == ("zero", 0.25, "constant")
+    assert run_config("digits16", "sat", "best", model={"block": 128}).recipe.density == 1
+    assert run_config("digits16", "sat", "best", steps=20, warm_up=2).recipe.average == 1
+    changed = run_config("cifar10", "sat", "best", model={"pruned": "zero"}, density=0.25, schedule_after="continued")
+    assert (changed.model.pruned, changed.recipe.density, changed.recipe.schedule_after) == ("zero", 0.25, "continued")
     assert (changed.model.sparsity_target, changed.recipe.pattern_heads) == ("correlation", "own")
     for attention in ("dense", "longformer"):
         with pytest.raises(InputError, match=f"preset: 'best' is for the attention 'sat'; got '{attention}'"):
             run_config("cifar10", attention, "best")
 
 
-def test_the_preset_best_trains_with_a_block_of_every_row_and_column_for_every_head():
-    config = tiny_config(preset="best", density=1 / 8, switch_at=4)
-    made = Trainer(config, tiny_splits(), torch.device("cpu"))
+def test_the_preset_best_trains_with_blocks_of_every_row_and_column_for_every_head():
+    made = Trainer(tiny_config(preset="best", density=2 / 8, switch_at=4), tiny_splits(), torch.device("cpu"))
     losses = [float(r["loss"]) for r in steps(made, 12)]
     assert made.phase == "sparse" and np.isfinite(losses).all()
     kept = grids(made)
-    assert kept.shape == (2, 2, 8, 8) and kept.sum(2).eq(1).all() and kept.sum(3).eq(1).all()
+    assert kept.shape == (2, 2, 8, 8) and kept.sum(2).eq(2).all() and kept.sum(3).eq(2).all()
     assert not (kept[:, 0] & kept[:, 1]).any()
+    assert made.evaluated is not made.model
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
