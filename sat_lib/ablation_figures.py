@@ -18,7 +18,8 @@ KINDS = {
     "measured on the dense model": ((), PALETTE["bigbird"]),
 }
 BASE = "correlation, learned"
-OTHERS = ("pruned", "schedule", "density", "block", "mean_over", "rule", "theta", "delta")
+OTHERS = ("pruned", "schedule", "rate_after", "average", "dropout", "density", "block", "mean_over", "rule", "theta",
+          "delta", "preset")  # fmt: skip
 INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
 DIAGNOSES = {
     "mass_kept": "mass kept / best",
@@ -147,14 +148,15 @@ def _base(of_task: pd.DataFrame) -> pd.DataFrame:
 
 
 def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
-    """The base and the forced steps as a line, the rule where it came."""
+    """The base and the forced steps as a line, the rules where they came."""
     lines = pd.concat([_base(of_task), of_task[of_task["group"] == "switch_at"]]).sort_values("transition_step")
     axis.errorbar(lines["transition_step"], lines["percent"], yerr=lines["deviation"], fmt="o-", color=PALETTE["sat"],
                   markersize=3.5, linewidth=1)  # fmt: skip
     for rule in of_task[of_task["group"] == "rule"].itertuples():
         if not np.isnan(rule.transition_step):
             axis.plot(rule.transition_step, rule.percent, "D", color="black", markersize=4)
-            axis.annotate("rule", (rule.transition_step, rule.percent), (4, -8), textcoords="offset points", fontsize=7)
+            at, place = (rule.transition_step, rule.percent), (4, -8)
+            axis.annotate(rule.value, at, place, textcoords="offset points", fontsize=7)
     _dense_line(axis, of_task, axis.axhline)
     axis.set(xlabel="transition at step", ylabel="test accuracy (%)")
     axis.margins(x=0.1)
@@ -232,15 +234,14 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The preset "best" beside every attention on the same task and in as many steps, from `accuracy`,
     `accuracy_short` and `best`; empty without rows of the last.
 
-    "best gains": its mean over that line's, with the standard error of the difference. "step ms": of fast runs, in
-    their last phase.
+    "averaged": with the moving average of the weights, as in "best"; "base": what "best" grew out of. "best gains":
+    its mean over that line's, with the standard error of the difference. "step ms": of fast runs, in their last phase.
     """
-    if frames["best"].empty:
+    best = frames["best"]
+    if best.empty:
         return pd.DataFrame()
-    best = frames["best"].assign(method=lambda rows: rows["attention"].replace("sat", "sat, best"))
-    others = pd.concat([frames["accuracy"], frames["accuracy_short"]], ignore_index=True)
-    others = others.assign(method=others["attention"].replace("sat", "sat, released")) if len(others) else others
-    rows = pd.concat([others, best])
+    rows = pd.concat([frame for frame in (frames["accuracy"], frames["accuracy_short"], best) if len(frame)])
+    rows["method"] = [_method(row) for row in _each(rows)]
     rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows), steps=list(map(_steps, _each(rows))))
     lines = []
     for task, steps in dict.fromkeys(zip(best["task"], map(_steps, _each(best)), strict=True)):
@@ -264,6 +265,13 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
+
+
+def _method(row: pd.Series) -> str:
+    averaged = "average" in row["recipe"]
+    if row["attention"] == "sat":
+        return "sat, best" if averaged else "sat, base" if row["experiment"] == "best" else "sat, released"
+    return row["attention"] + (", averaged" if averaged else "")
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------

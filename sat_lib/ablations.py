@@ -50,6 +50,7 @@ LAYOUTS = {
     "random, changing": ({"pattern": "random", "pattern_refresh": 0.1}, {}),  # a share of the run's steps
     "correlation, refreshed": ({"pattern": "correlation", "pattern_refresh": 0.1}, {}),
 }
+THREE_A_ROW = ("16, three a row", "16, three a row, near")
 # Profile -> task -> the run with its forced transition, and group by group the values of what is changed. Runs are far
 # shorter than published: accuracy peaks early, and what follows is learnt by heart.
 PLANS = {
@@ -64,7 +65,7 @@ PLANS = {
             "dropout": (0.2,),
             "switch_at": (190, 500, 750, 1_500, 2_000),
             "density": (0.02, 0.0625, 0.125, 0.25, 0.4),
-            "block": (16, 64, "16, three a row"),
+            "block": (16, 64, *THREE_A_ROW),
             "theta": (1.7, 0.0, 3.4),
             "delta": (0.65, 5.2),
             "rule": ("overfit", "gap"),
@@ -82,7 +83,7 @@ PLANS = {
             "average": (24,),
             "switch_at": (0, 100, 150, 200),
             "density": (0.08, 0.25),
-            "block": ("16, three a row",),
+            "block": THREE_A_ROW,
             "rule": ("overfit", "gap"),
             "mean_over": ("real", "real, dense"),
             "preset": ("best",),
@@ -153,8 +154,9 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
     if group == "schedule":
         return {"schedule_after": value}, {}
     if group == "block":
-        block, each = (16, 3) if value == "16, three a row" else (value, 1)
-        return {"density": each * block / length}, {"block": block}
+        block, each = (16, 3) if value in THREE_A_ROW else (value, 1)
+        pattern = {"pattern": "near"} if "near" in str(value) else {}
+        return pattern | {"density": each * block / length}, {"block": block}
     if group == "preset":
         blocks = replace(base.model, **BEST_MODEL).blocks
         return best_recipe(blocks, steps) | {"schedule_after": "constant"}, BEST_MODEL

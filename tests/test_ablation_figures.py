@@ -13,7 +13,7 @@ def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, *
         **{"test_accuracy": accuracy, "transition_step": float("nan") if at is None else at, "step": "fast"},
         "seconds": {"dense": 10.0 if sparse else 30.0, "sparse": 0.004 * (steps - at - 1) if sparse else 0.0},
         "history": [{"step": 0, "loss": 2.3}, {"step": steps, "dev_accuracy": 0.5}],
-        **{"mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
+        **{"recipe": {}, "experiment": "ablations", "mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
     } | more
 
 
@@ -83,11 +83,16 @@ def test_a_difference_has_the_standard_error_of_two_means():
 
 
 def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
-    best = pd.DataFrame([row("", "", accuracy, seed=seed) for seed, accuracy in enumerate((0.45, 0.47))])
+    averaged = {"recipe": {"average": 120}, "experiment": "best"}
+    best = [row("", "", accuracy, seed=seed, **averaged) for seed, accuracy in enumerate((0.45, 0.47))]
+    best += [row("", "", 0.43, experiment="best"), row("", "", 0.41, at=None, **averaged)]
     others = [row("", "", 0.42), row("", "", 0.40, at=None), row("", "", 0.9, at=None, steps=9_999)]
-    frames = {"best": best, "accuracy": pd.DataFrame(others), "accuracy_short": pd.DataFrame()}
+    others = [line | {"experiment": "accuracy"} for line in others]
+    frames = {"best": pd.DataFrame(best), "accuracy": pd.DataFrame(others), "accuracy_short": pd.DataFrame()}
     table = ablation_figures.best_table(frames).set_index("attention")
-    assert list(table["test %"]) == ["46.00", "42.00", "40.00"]
+    found = {"sat, best": "46.00", "sat, base": "43.00", "sat, released": "42.00", "dense, averaged": "41.00"}
+    assert dict(table["test %"]) == found | {"dense": "40.00"}
+    assert list(table["test %"]) == sorted(table["test %"], reverse=True)
     assert table.loc["sat, released", "best gains"] == "+4.00"
     assert table.loc["sat, best", "best gains"] == "-"
     assert ablation_figures.best_table(frames | {"best": pd.DataFrame()}).empty

@@ -145,7 +145,7 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
         "layout": {"pattern", "pattern_budget", "pattern_heads", "pattern_refresh", "density", "sparsity_init",
                    "sparsity_target"},
         "schedule": {"schedule_after"}, "switch_at": {"switch_at"}, "density": {"density"},
-        "block": {"block", "density"}, "theta": {"theta", "switch_at", "switch_rule"},
+        "block": {"block", "density", "pattern"}, "theta": {"theta", "switch_at", "switch_rule"},
         "delta": {"delta", "switch_at", "switch_rule"}, "rule": {"switch_at", "switch_rule"},
         "mean_over": {"mean_over"}, "rate_after": {"rate_after"}, "average": {"average"}, "dropout": {"dropout"},
         "preset": {"block", "density", "schedule_after", "rate_after", "average", "switch_rule"},
@@ -170,8 +170,9 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
             rule = value if group == "rule" else "stable"
             assert (config.recipe.switch_at, config.recipe.switch_rule) == (None, rule)
         if group == "block":
-            block, each = {"16, three a row": (16, 3)}.get(value, (value, 1))
+            block, each = (16, 3) if "three a row" in str(value) else (value, 1)
             assert (config.model.block, config.recipe.density) == (block, each / config.model.blocks)
+            assert config.recipe.pattern == ("near" if "near" in str(value) else "learned")
     of_the_run = {"steps", "eval_every", "warm_up", "batch", "rate", "switch_at"}
     forced = flat(cases["preset", "best"].as_dict())
     best = flat(run_config(task, "sat", "best", steps=forced["steps"]).as_dict())
