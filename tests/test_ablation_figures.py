@@ -13,7 +13,8 @@ def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, *
         **{"test_accuracy": accuracy, "transition_step": float("nan") if at is None else at, "step": "fast"},
         "seconds": {"dense": 10.0 if sparse else 30.0, "sparse": 0.004 * (steps - at - 1) if sparse else 0.0},
         "history": [{"step": 0, "loss": 2.3}, {"step": steps, "dev_accuracy": 0.5}],
-        **{"recipe": {}, "experiment": "ablations", "mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
+        **{"recipe": {}, "experiment": "ablations"},
+        **{"mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
     } | more
 
 
