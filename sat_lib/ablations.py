@@ -11,6 +11,7 @@ from .layout import BlockLayout
 from .pattern import diagnose, mass_kept
 from .recipes import BEST_MODEL, RunConfig, best_recipe
 from .reference import pool_blocks
+from .tasks import task
 from .train import Trainer
 from .training_cases import SHORT_RUN, SMOKE_RUN, Context, case_config, load_data, run_case, train
 
@@ -159,7 +160,7 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
         return pattern | {"density": each * block / length}, {"block": block}
     if group == "preset":
         blocks = replace(base.model, **BEST_MODEL).blocks
-        return best_recipe(blocks, steps) | {"schedule_after": "constant"}, BEST_MODEL
+        return best_recipe(task(base.recipe.task).kind, blocks, steps) | {"schedule_after": "constant"}, BEST_MODEL
     if group in ("theta", "delta"):
         return {"switch_at": None, "switch_rule": "stable", group: value}, {}
     if group == "rule":
@@ -221,13 +222,13 @@ def best_cases(profile: str) -> list[dict]:
 def _best_case(name: str, seed: int, profile: str, **changes) -> dict:
     model = BEST_MODEL | _small(name, profile)
     run = case_config(run_case(name, "sat", seed, profile, model=model, **changes))
-    recipe = best_recipe(run.model.blocks, run.recipe.steps)
+    recipe = best_recipe(task(name).kind, run.model.blocks, run.recipe.steps)
     return run_case(name, "sat", seed, profile, model=model, **recipe, **changes)
 
 
 def _averaged_case(name: str, attention: str, seed: int, **changes) -> dict:
     run = case_config(run_case(name, attention, seed, "paper", **changes))
-    average = best_recipe(run.model.blocks, run.recipe.steps)["average"]
+    average = best_recipe(task(name).kind, run.model.blocks, run.recipe.steps)["average"]
     return run_case(name, attention, seed, "paper", average=average, **changes)
 
 

@@ -1,5 +1,6 @@
 """The steps of training: dense phase, transition, sparse phase; and evaluation. `fit` in runs.py drives them."""
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from . import distributed
 from .captured import Captured, Reading
@@ -144,16 +145,15 @@ class Trainer:
             distributed.release_at_the_end(self._captured)
 
     def _new_average(self) -> None:
-        """None in SAT's dense phase, whose evaluations the rules look at."""
-        self.average = None
-        if self.config.recipe.average is not None and not self.learning:
-            decay = 1 - 1 / self.config.recipe.average
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        """Begin the average anew with the weights as they are. SAT's dense phase, whose evaluations the rules look at,
+        has none."""
+        averages = self.config.recipe.average is not None and not self.learning
+        self.average = copy.deepcopy(self.model) if averages else None
 
     @property
     def evaluated(self) -> Encoder:
         """The model that evaluations are of: as trained, or its moving average."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average
 
     @property
     def phase(self) -> str:
@@ -252,8 +252,9 @@ class Trainer:
         self.optimiser.step()
         if self.schedule is not None and self.step + 1 < self.config.recipe.steps:
             self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.average is not None:  # AveragedModel would wait for the GPU in every step
+            blend = get_ema_multi_avg_fn(1 - 1 / self.config.recipe.average)
+            blend(list(self.average.parameters()), list(self.model.parameters()), None)
 
     def _test_transition(self, measured: list, mean_maps: Sequence[Tensor]) -> dict:
         if self.step == 0:

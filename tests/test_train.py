@@ -156,10 +156,11 @@ def test_the_average_of_the_weights_is_evaluated_and_forgets_exponentially(atten
     wanted = None
     for step in range(10):
         assert (made.evaluated is made.model) == (step < begins)
+        before = weights(made.model)
         steps(made, 1), steps(plain, 1)
         now = weights(made.model)
         if step >= begins:
-            wanted = now if wanted is None else 0.75 * wanted + 0.25 * now
+            wanted = 0.75 * (before if wanted is None else wanted) + 0.25 * now
             torch.testing.assert_close(weights(made.evaluated), wanted, rtol=1e-5, atol=1e-6)
     test = made.data.test
     seen, raw = made.evaluate(test), plain.evaluate(test)
@@ -543,10 +544,11 @@ def test_configurations_are_checked_and_survive_json():
 
 def test_the_preset_best_is_what_the_ablations_led_to():
     model = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
-    for task, changes, blocks, average in (("cifar10", {}, 64, 400), ("digits16", {"steps": 300}, 16, 12)):
+    cases = (("cifar10", {}, 64, 400, 1.0), ("digits16", {"steps": 300}, 16, 12, 1.0), ("yelp", {}, 64, 1_200, 0.5))
+    for task, changes, blocks, average, rate in cases:
         recipe = {
             "density": 3 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
-            "switch_rule": "gap", "switch_at": None, "schedule_after": "constant", "rate_after": 1.0,
+            "switch_rule": "gap", "switch_at": None, "schedule_after": "constant", "rate_after": rate,
             "average": average, "pattern_refresh": None,
         }  # fmt: skip
         made = run_config(task, "sat", "best", **changes)
