@@ -112,7 +112,7 @@ class Trainer:
         self.rule = TransitionRule(recipe.theta, recipe.delta)
         self.step = 0
         self.transition_step: int | None = None
-        self.losses = EvaluationRule(recipe.switch_rule)
+        self.evaluation_rule = EvaluationRule(recipe.switch_rule)
         self.maps: dict[str, Tensor] = {}  # what the transition saw: see `enter_sparse_phase`
         self._new_optimiser(recipe.rate, scheduled=True)
         self._new_average()
@@ -200,7 +200,7 @@ class Trainer:
             measured = Reading(measured)  # read once the rest of the step is queued
         self._update()
         if learning:
-            self.losses.note_step(seen.loss)
+            self.evaluation_rule.note_step(seen.loss)
             record["sparsity_loss"] = seen.sparsity_loss
             record |= self._test_transition(measured.values(), seen.mean_maps)
         elif self._refresh_is_due():
@@ -261,7 +261,7 @@ class Trainer:
             self.maps["start"] = self._pool(mean_maps)
         stable, tests = self.rule.judge(measured)
         recipe = self.config.recipe
-        switch = stable if recipe.switch_rule == "stable" else self.losses.fired
+        switch = stable if recipe.switch_rule == "stable" else self.evaluation_rule.fired
         if switch if recipe.switch_at is None else self.step >= recipe.switch_at:
             self.enter_sparse_phase(mean_maps)
         return {
@@ -276,7 +276,7 @@ class Trainer:
     def note_dev_loss(self, loss: float) -> None:
         """Take an evaluation on the dev split, for the rules that look at it."""
         if self.learning:
-            self.losses.note_evaluation(loss)
+            self.evaluation_rule.note_evaluation(loss)
 
     def _refresh_is_due(self) -> bool:
         every = self.config.recipe.pattern_refresh
@@ -365,7 +365,7 @@ class Trainer:
             "config": self.config.as_dict(),
             "step": self.step,
             "transition_step": self.transition_step,
-            "losses": self.losses.state_dict(),
+            "evaluation_rule": self.evaluation_rule.state_dict(),
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "grids": None if layouts is None else [layout.grid for layout in layouts],
@@ -398,8 +398,8 @@ class Trainer:
             "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
         )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
-        if "losses" in state:  # older ones had seen no evaluation
-            self.losses.load_state_dict(state["losses"])
+        if "evaluation_rule" in state:  # older ones had seen no evaluation
+            self.evaluation_rule.load_state_dict(state["evaluation_rule"])
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
         self.model.load_state_dict(state["model"])

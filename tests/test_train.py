@@ -211,14 +211,14 @@ def test_the_rule_overfit_switches_at_the_end_of_the_step_after_the_dev_loss_ros
         steps(made, 1)
         made.note_dev_loss(loss)
     steps(made, 1)
-    assert (made.phase, made.losses.fired) == ("dense", False)
+    assert (made.phase, made.evaluation_rule.fired) == ("dense", False)
     made.note_dev_loss(0.81)
     made.note_dev_loss(0.5)  # what has begun isn't undone
     assert made.phase == "dense"
     steps(made, 1)
     assert (made.phase, made.transition_step) == ("sparse", 5)
     made.note_dev_loss(0.7)
-    assert made.losses.dev_loss == 0.5
+    assert made.evaluation_rule.dev_loss == 0.5
 
 
 def test_the_rule_gap_switches_at_the_end_of_the_step_after_the_dev_loss_was_above_the_training_loss():
@@ -255,7 +255,7 @@ def test_a_forced_switch_waits_for_its_step_whatever_the_evaluations_say(rule):
     for loss in (1e9, 2e9):
         made.note_dev_loss(loss)
     steps(made, 4)
-    assert made.losses.fired and made.transition_step == 4
+    assert made.evaluation_rule.fired and made.transition_step == 4
 
 
 def test_a_dense_model_never_looks_at_its_maps():
@@ -294,10 +294,10 @@ def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
 
 def test_a_checkpoint_from_before_the_rules_on_evaluations_has_seen_none():
     state = trainer().state_dict()
-    del state["losses"]
+    del state["evaluation_rule"]
     made = trainer()
     made.load_state_dict(state)
-    assert (made.losses.dev_loss, made.losses.fired) == (None, False)
+    assert (made.evaluation_rule.dev_loss, made.evaluation_rule.fired) == (None, False)
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing():
