@@ -183,7 +183,7 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
         {
             "task": [TASK_NAMES.get(task, task) for task in lines["task"]],
             "changed": lines["group"],
-            "to": [f"{value:g}" if isinstance(value, int | float) else value for value in lines["value"]],
+            "to": [_number(value) for value in lines["value"]],
             "runs": lines["runs"],
             "test %": number("percent", ".2f"),
             "deviation": number("deviation", ".2f"),
@@ -220,7 +220,11 @@ def conclusions(rows: pd.DataFrame) -> list[str]:
 
 
 def _name(group: str, value) -> str:
-    return str(value) if group in ("layout", "dense") else f"{group} {value}"
+    return str(value) if group in ("layout", "dense") else f"{group} {_number(value)}"
+
+
+def _number(value) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _texts(values: pd.Series, form: str) -> list[str]:
@@ -241,7 +245,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     if best.empty:
         return pd.DataFrame()
     rows = pd.concat([frame for frame in (frames["accuracy"], frames["accuracy_short"], best) if len(frame)])
-    rows["method"] = [_method(row) for row in _each(rows)]
+    rows["method"] = methods(rows)
     rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows), steps=list(map(_steps, _each(rows))))
     lines = []
     for task, steps in dict.fromkeys(zip(best["task"], map(_steps, _each(best)), strict=True)):
@@ -250,7 +254,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
         means = of_task.groupby("method")["percent"].mean().sort_values(ascending=False)
         for method in means.index:
             part = of_task[of_task["method"] == method]
-            fast = part.loc[part["step"] == "fast", "step_ms"]
+            fast, gain = part.loc[part["step"] == "fast", "step_ms"], gap(ours, part["percent"])
             lines.append(
                 {
                     "task": TASK_NAMES.get(task, task),
@@ -259,7 +263,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
                     "runs": len(part),
                     "test %": f"{part['percent'].mean():.2f}",
                     "deviation": f"{part['percent'].std(ddof=1):.2f}" if len(part) > 1 else "-",
-                    "best gains": "-" if method == "sat, best" else gap(ours, part["percent"]).numbers,
+                    "best gains": "-" if method == "sat, best" or gain is None else gain.numbers,
                     "switched at step": switch_span(part),
                     "step ms": "-" if fast.empty else f"{fast.median():.2f}",
                 }
@@ -267,11 +271,15 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _method(row: pd.Series) -> str:
-    averaged = "average" in row["recipe"]
-    if row["attention"] == "sat":
-        return "sat, best" if averaged else "sat, base" if row["experiment"] == "best" else "sat, released"
-    return row["attention"] + (", averaged" if averaged else "")
+def methods(rows: pd.DataFrame) -> list[str]:
+    """Each row's attention, and which SAT it is, or whether its weights were averaged."""
+    return [_method(row["attention"], "average" in row["recipe"], row["experiment"]) for row in _each(rows)]
+
+
+def _method(attention: str, averaged: bool, experiment: str) -> str:
+    if attention == "sat":
+        return "sat, best" if averaged else "sat, base" if experiment == "best" else "sat, released"
+    return attention + (", averaged" if averaged else "")
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from . import datasets, distributed
 from .baselines import BASELINES
 from .layout import BlockLayout
 from .pattern import diagnose, mass_kept
-from .recipes import BEST_MODEL, RunConfig, best_recipe
+from .recipes import BEST_MODEL, RunConfig, averaged_steps, best_recipe
 from .reference import pool_blocks
 from .tasks import task
 from .train import Trainer
@@ -17,15 +17,21 @@ from .training_cases import SHORT_RUN, SMOKE_RUN, Context, case_config, load_dat
 
 # ---- ablations -------------------------------------------------------------------------------------------------------
 
-# The base, from which one thing is changed at a time; the preset "best" grew out of it. Every head keeps one block of
-# each row and column.
+# The base, from which one thing is changed at a time; the preset "best" grew out of it.
 BASE_MODEL = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
-BASE_RECIPE = {
-    "pattern_budget": "balanced",
-    "pattern_heads": "own",
-    "switch_rule": "overfit",
-    "schedule_after": "continued",
-}
+
+
+def base_recipe(blocks: int) -> dict:
+    """What the base changes of a task's recipe, for N block rows: every head keeps one block of each row and column."""
+    return {
+        "density": 1 / blocks,
+        "pattern_budget": "balanced",
+        "pattern_heads": "own",
+        "switch_rule": "overfit",
+        "schedule_after": "continued",
+    }
+
+
 # What a layout can come from: changes of the base in the recipe, and in the model. A density of None is the task's
 # published one.
 _SHARED = {"pattern_heads": "shared"}
@@ -51,7 +57,13 @@ LAYOUTS = {
     "random, changing": ({"pattern": "random", "pattern_refresh": 0.1}, {}),  # a share of the run's steps
     "correlation, refreshed": ({"pattern": "correlation", "pattern_refresh": 0.1}, {}),
 }
-THREE_A_ROW = ("16, three a row", "16, three a row, near")
+# What the group "block" is set to: the block, how many of them a row keeps, and what else is changed of the recipe.
+BLOCKS = {
+    16: (16, 1, {}),
+    64: (64, 1, {}),
+    "16, three a row": (16, 3, {}),
+    "16, three a row, near": (16, 3, {"pattern": "near"}),
+}
 # Profile -> task -> the run with its forced transition, and group by group the values of what is changed. Runs are far
 # shorter than published: accuracy peaks early, and what follows is learnt by heart.
 PLANS = {
@@ -62,11 +74,11 @@ PLANS = {
             "pruned": ("zero", "released, zero"),
             "schedule": ("constant",),
             "rate_after": (1.0,),
-            "average": (120,),
+            "average": (averaged_steps(3_000),),
             "dropout": (0.2,),
             "switch_at": (190, 500, 750, 1_500, 2_000),
             "density": (0.02, 0.0625, 0.125, 0.25, 0.4),
-            "block": (16, 64, *THREE_A_ROW),
+            "block": tuple(BLOCKS),
             "theta": (1.7, 0.0, 3.4),
             "delta": (0.65, 5.2),
             "rule": ("overfit", "gap"),
@@ -81,10 +93,10 @@ PLANS = {
             "pruned": ("zero", "released, zero"),
             "schedule": ("constant",),
             "rate_after": (1.0,),
-            "average": (24,),
+            "average": (averaged_steps(600),),
             "switch_at": (0, 100, 150, 200),
             "density": (0.08, 0.25),
-            "block": THREE_A_ROW,
+            "block": ("16, three a row", "16, three a row, near"),
             "rule": ("overfit", "gap"),
             "mean_over": ("real", "real, dense"),
             "preset": ("best",),
@@ -110,7 +122,8 @@ def ablation_cases(profile: str) -> list[dict]:
     """One thing changed at a time, seed by seed; what isn't is as in the base, with a forced transition.
 
     `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta, delta and the rules
-    decide about the transition: it isn't forced there. The preset "best" changes several things at once.
+    decide about the transition: it isn't forced there. The preset "best" changes several things at once, and is forced
+    to switch as the base is.
     """
     seeds = range(1 if profile == "smoke" else 3)
     return [
@@ -125,7 +138,6 @@ def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, s
     """(group, value, attention, model, recipe) of each case of a task."""
     small, run = _small(name, profile), plan["run"]
     base = case_config(run_case(name, "sat", 0, profile, model=small, **run))
-    recipe_of_base = BASE_RECIPE | {"density": 1 / base.model.blocks}
     without_switch = {key: value for key, value in run.items() if key != "switch_at"}
     cases = [("dense", "dense", "dense", small, without_switch)]
     for group, values in plan.items():
@@ -134,7 +146,7 @@ def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, s
                 cases.append((group, value, "dense", small | {"mean_over": "real"}, without_switch))
                 continue
             recipe, model = _changes(group, value, base)
-            settings = recipe_of_base | run | recipe
+            settings = base_recipe(base.model.blocks) | run | recipe
             if settings["density"] is None:
                 settings["density"] = base.recipe.density
             cases.append((group, value, "sat", small | BASE_MODEL | model, settings))
@@ -155,9 +167,8 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
     if group == "schedule":
         return {"schedule_after": value}, {}
     if group == "block":
-        block, each = (16, 3) if value in THREE_A_ROW else (value, 1)
-        pattern = {"pattern": "near"} if "near" in str(value) else {}
-        return pattern | {"density": each * block / length}, {"block": block}
+        block, each, recipe = BLOCKS[value]
+        return recipe | {"density": each * block / length}, {"block": block}
     if group == "preset":
         blocks = replace(base.model, **BEST_MODEL).blocks
         return best_recipe(task(base.recipe.task).kind, blocks, steps) | {"schedule_after": "constant"}, BEST_MODEL
@@ -220,21 +231,20 @@ def best_cases(profile: str) -> list[dict]:
 
 
 def _best_case(name: str, seed: int, profile: str, **changes) -> dict:
-    model = BEST_MODEL | _small(name, profile)
+    model = _small(name, profile) | BEST_MODEL
     run = case_config(run_case(name, "sat", seed, profile, model=model, **changes))
     recipe = best_recipe(task(name).kind, run.model.blocks, run.recipe.steps)
     return run_case(name, "sat", seed, profile, model=model, **recipe, **changes)
 
 
 def _averaged_case(name: str, attention: str, seed: int, **changes) -> dict:
-    run = case_config(run_case(name, attention, seed, "paper", **changes))
-    average = best_recipe(task(name).kind, run.model.blocks, run.recipe.steps)["average"]
-    return run_case(name, attention, seed, "paper", average=average, **changes)
+    steps = case_config(run_case(name, attention, seed, "paper", **changes)).recipe.steps
+    return run_case(name, attention, seed, "paper", average=averaged_steps(steps), **changes)
 
 
 def _base_case(name: str, seed: int, **changes) -> dict:
     blocks = case_config(run_case(name, "sat", seed, "paper", model=BASE_MODEL)).model.blocks
-    return run_case(name, "sat", seed, "paper", model=BASE_MODEL, density=1 / blocks, **BASE_RECIPE, **changes)
+    return run_case(name, "sat", seed, "paper", model=BASE_MODEL, **base_recipe(blocks), **changes)
 
 
 def _small(name: str, profile: str) -> dict:

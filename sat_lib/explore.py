@@ -66,7 +66,8 @@ class Source(Protocol):
 
 
 class RunSource:
-    """The snapshots of a training run: step-*.pt, and best-*.pt where their steps have none.
+    """The snapshots of a training run: step-*.pt, and best-*.pt where their steps have none; of a recipe with
+    `average` the latter hold averaged weights.
 
     Args:
         folder: the run's. data: the split that examples come from. examples: which of them.

@@ -22,15 +22,15 @@ PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 class Recipe:
     """Everything beside the model that decides a run.
 
-    `schedule_after` says what the learning rate of the fresh AdamW does after the transition: "constant" (released: its
-    schedule is left behind) or "continued" (the OneCycle schedule goes on); `rate_after` is the peak then, as a share
-    of `rate` (released: half). `average`: what is evaluated and kept is the moving average of the weights, exponential
-    over about so many steps, which begins with the sparse phase, or where there is none, with the run; None evaluates
-    the weights themselves.
+    `schedule_after` says what the learning rate does after the transition, with a fresh AdamW: "constant" (released:
+    the OneCycle schedule is left behind) or "continued" (it goes on). `rate_after` is the rate then, or the schedule's
+    peak, as a share of `rate` (released: half). `average`: what is evaluated and kept is an exponential moving average
+    of the weights over about so many steps. It begins with the sparse phase (SAT's dense phase has none), or with the
+    run of any other attention. None evaluates the weights themselves.
     `switch_at` forces the transition at the end of that step, whatever the test says; None leaves it to `switch_rule`:
     "stable" is the published test with `theta` and `delta`; the others switch in the step after the first evaluation
-    whose dev loss is above that of the evaluation before ("overfit"), or above the mean training loss since then
-    ("gap").
+    whose dev loss is above that of the evaluation before ("overfit"), or above the mean training loss, dropout
+    included, since the evaluation before or the start ("gap").
     `pattern` says what the generator is given at the transition: "learned", R~; "near", nearness to the diagonal;
     "random" scores; or a name in `signals.SIGNALS`, measured on `PROBE_EXAMPLES` training examples. `pattern_budget` is
     the generator's, see `pattern.generate_layout`; `pattern_heads` "shared" (one pattern a layer) or "own" (one a
@@ -69,8 +69,8 @@ class Recipe:
         require(fits, f"warm_up: wanted 2 or more and less than {self.steps} steps; got {self.warm_up}")
         for name in ("rate", "rate_after"):
             require(getattr(self, name) > 0, f"{name}: wanted more than 0; got {getattr(self, name)}")
-        averaged = self.average is None or self.average >= 1
-        require(averaged, f"average: wanted None, or 1 or more steps; got {self.average}")
+        averaged = self.average is None or (isinstance(self.average, int) and self.average >= 1)
+        require(averaged, f"average: wanted None, or 1 or more steps; got {self.average!r}")
         require(0 < self.density <= 1, f"density: wanted more than 0 and at most 1; got {self.density}")
         for name, allowed in {
             "schedule_after": ("constant", "continued"),
@@ -158,8 +158,8 @@ def run_config(
     return RunConfig(model_config(task_name, attention=attention, **(model or {})), replace(base, **changes))
 
 
-# The preset "best", which the ablations led to: W^P learns which blocks' contents go together, and pruned entries drop
-# out of the softmax.
+# The preset "best", which the ablations led to: blocks are smaller, W^P learns which of them go together by their
+# contents, and pruned entries drop out of the softmax.
 BEST_MODEL = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
 
 
@@ -167,8 +167,8 @@ def best_recipe(kind: str, blocks: int, steps: int) -> dict:
     """What the preset "best" changes of a recipe, for a task's kind, N block rows and so many steps.
 
     Every head keeps three blocks of each row and column; the switch comes when the dense phase begins to learn by
-    heart; images are learnt at the peak rate from then on, others as published at half of it; and the weights are
-    averaged over a 25th of the run.
+    heart; from then on the rate is constant, as published: at the peak for images, at half of it for others; and the
+    weights are averaged.
     """
     return {
         "density": min(1, 3 / blocks),
@@ -176,12 +176,17 @@ def best_recipe(kind: str, blocks: int, steps: int) -> dict:
         "pattern_heads": "own",
         "switch_rule": "gap",
         "rate_after": 1.0 if kind == "image" else 0.5,
-        "average": max(1, steps // 25),
+        "average": averaged_steps(steps),
     }
 
 
+def averaged_steps(steps: int) -> int:
+    """Over how many steps the preset "best" averages the weights of a run: a 25th."""
+    return max(1, steps // 25)
+
+
 def dense_phase(config: RunConfig) -> RunConfig:
-    """The run that never leaves the dense phase, and until `config` does takes the very same steps.
+    """The run that never leaves the dense phase, and until `config`, of SAT, does takes the very same steps.
 
     Two configurations with the same one differ in nothing before their transition.
     """

@@ -2,8 +2,8 @@
 
     config.json      the configuration          metrics.jsonl   a line per step or evaluation
     last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
-    step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same (of a
-                     recipe with `average`, the average)
+    step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same, or
+                     with `average` in the recipe the averaged weights
     result.json      written last: the run is finished
 
 Runs that are forced to switch, and are alike until then, may share their dense phase: see `fit`, `shared`.
@@ -60,9 +60,9 @@ def fit(
         folder: the run's own folder, made if need be. stop_at: save and return None at this step. snapshots: keep the
             model as it is after so many steps (0: before the first) in files of their own, see `snapshot_path`.
         step: "auto", "fast" or "plain", see `train.Trainer`.
-        shared: a folder of dense phases. A run that is forced to switch (`switch_at`) begins where another with the
-            same dense phase, kind of step and of device was before the step of its transition, and the first such run
-            leaves that there. It ends as it would by itself, random numbers included; its seconds count the shared
+        shared: a folder of dense phases. A run of SAT that is forced to switch (`switch_at`) begins where another with
+            the same dense phase, kind of step and of device was before the step of its transition, and the first such
+            run leaves that there. It ends as it would by itself, random numbers included; its seconds count the shared
             steps too. For one process, without `stop_at` and `snapshots`.
 
     Returns:
@@ -92,7 +92,8 @@ def fit(
             _check_snapshots(folder, snapshots)
             return result
         forced = config.recipe.switch_at is not None and config.recipe.switch_at < config.recipe.steps
-        if shared is not None and forced and not (folder / "last.pt").exists():
+        sat = config.model.attention == "sat"
+        if shared is not None and sat and forced and not (folder / "last.pt").exists():
             _begin_with_shared(config, data, folder, device, step, shared)
         run = _Run(config, data, folder, device, step)
         _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
@@ -298,6 +299,7 @@ class _Run:
             "transition_step": self.trainer.transition_step,
             "layouts": None if layouts is None else _digest(layout.grid for layout in layouts),
             "weights": _digest(self.trainer.model.state_dict().values()),
+            "evaluated": _digest(self.trainer.evaluated.state_dict().values()),
         }
 
 

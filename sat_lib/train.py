@@ -147,8 +147,12 @@ class Trainer:
     def _new_average(self) -> None:
         """Begin the average anew with the weights as they are. SAT's dense phase, whose evaluations the rules look at,
         has none."""
-        averages = self.config.recipe.average is not None and not self.learning
-        self.average = copy.deepcopy(self.model) if averages else None
+        steps, self.average = self.config.recipe.average, None
+        if steps is not None and not self.learning:
+            self.average = copy.deepcopy(self.model)
+            blend = get_ema_multi_avg_fn(1 - 1 / steps)  # AveragedModel would wait for the GPU in every step
+            parameters = [list(model.parameters()) for model in (self.average, self.model)]
+            self._update_average = lambda: blend(*parameters, None)
 
     @property
     def evaluated(self) -> Encoder:
@@ -252,9 +256,8 @@ class Trainer:
         self.optimiser.step()
         if self.schedule is not None and self.step + 1 < self.config.recipe.steps:
             self.schedule.step()
-        if self.average is not None:  # AveragedModel would wait for the GPU in every step
-            blend = get_ema_multi_avg_fn(1 - 1 / self.config.recipe.average)
-            blend(list(self.average.parameters()), list(self.model.parameters()), None)
+        if self.average is not None:
+            self._update_average()
 
     def _test_transition(self, measured: list, mean_maps: Sequence[Tensor]) -> dict:
         if self.step == 0:
@@ -398,8 +401,8 @@ class Trainer:
             "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
         )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
-        if "evaluation_rule" in state:  # older ones had seen no evaluation
-            self.evaluation_rule.load_state_dict(state["evaluation_rule"])
+        older = {"fired": state.get("overfitting", False), "dev_loss": state.get("dev_loss"), "losses": None}
+        self.evaluation_rule.load_state_dict(state.get("evaluation_rule", older))
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
         self.model.load_state_dict(state["model"])

@@ -97,6 +97,8 @@ def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
     assert table.loc["sat, released", "best gains"] == "+4.00"
     assert table.loc["sat, best", "best gains"] == "-"
     assert ablation_figures.best_table(frames | {"best": pd.DataFrame()}).empty
+    without = ablation_figures.best_table(frames | {"best": pd.DataFrame(best[2:])}).set_index("attention")
+    assert set(without["best gains"]) == {"-"} and len(without) == len(table) - 1
 
 
 def test_tables_can_be_drawn_without_any_row(tmp_path):

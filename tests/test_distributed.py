@@ -96,21 +96,23 @@ def test_two_processes_train_what_one_trains(two, tmp_path):
 
 
 def test_a_run_of_two_that_was_cut_off_goes_on_bit_for_bit(two):
-    """With dropout, whose draws are each process's own."""
+    """With dropout, whose draws are each process's own; the rule "gap" decides, and weights are averaged."""
     folder, (seen, _) = two
+    assert seen["whole"]["result"]["transition_step"] < 7
     assert losses(folder / "cut") == losses(folder / "whole")
     assert seen["cut"]["weights"] == seen["whole"]["weights"]
 
 
 def test_one_process_goes_on_where_two_stopped_and_a_finished_run_is_read(two):
+    config = tiny_config(**two_processes.CUT)
     folder, (seen, _) = two
-    again = runs.fit(tiny_config(), tiny_splits(), folder / "whole", torch.device("cpu"), progress=False)
+    again = runs.fit(config, tiny_splits(), folder / "whole", torch.device("cpu"), progress=False)
     assert again["test_accuracy"] == seen["whole"]["result"]["test_accuracy"]
     (folder / "cut" / "result.json").unlink()
     last = runs.load_checkpoint(folder / "cut" / "last.pt", torch.device("cpu"))
     last["trainer"]["step"] = 11
     runs.save_checkpoint(folder / "cut" / "last.pt", last)
-    alone = runs.fit(tiny_config(), tiny_splits(), folder / "cut", torch.device("cpu"), progress=False)
+    alone = runs.fit(config, tiny_splits(), folder / "cut", torch.device("cpu"), progress=False)
     assert alone["processes"] == 1
 
 

@@ -119,25 +119,26 @@ def test_each_phases_best_is_tested_in_its_own_phase(tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_of_a_recipe_with_an_average_holds_it_and_is_what_is_tested(tmp_path, monkeypatch):
-    averages, evaluate = {}, runs.Trainer.evaluate
+    averages, evaluate, accuracies = {}, runs.Trainer.evaluate, {4: 0.3, 8: 0.9, 12: 0.5}
 
-    def recorded(self, split):
-        if split is self.data.dev and self.average is not None:
-            averages[self.step] = copy.deepcopy(self.evaluated)
-        return evaluate(self, split)
+    def told(self, split):
+        score = evaluate(self, split)
+        if split is not self.data.dev:
+            return score
+        averages[self.step] = copy.deepcopy(self.evaluated)
+        return score._replace(accuracy=accuracies[self.step])
 
-    monkeypatch.setattr(runs.Trainer, "evaluate", recorded)
-    config = tiny_config(average=4)
-    result = run(tmp_path, config, snapshots=(12,))
-    best = result["best"]["sparse"]
-    held, kept = load_model(tmp_path / "best-sparse.pt", CPU), averages[best["step"]]
-    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in held.state_dict().items())
-    trainer = runs.Trainer(config, tiny_splits(), CPU)
-    trainer.model = held
-    assert best["test_accuracy"] == trainer.evaluate(trainer.data.test).accuracy == result["test_accuracy"]
-    last, snapshot = load_checkpoint(tmp_path / "last.pt", CPU), load_checkpoint(snapshot_path(tmp_path, 12), CPU)
-    for name, value in snapshot["model"].items():
-        assert torch.equal(value, last["trainer"]["model"][name])
+    monkeypatch.setattr(runs.Trainer, "evaluate", told)
+    result = run(tmp_path, tiny_config(average=4), snapshots=(8, 12))
+    assert {phase: best["step"] for phase, best in result["best"].items()} == {"dense": 4, "sparse": 8}
+    held, kept = (model.state_dict() for model in (load_model(tmp_path / "best-sparse.pt", CPU), averages[8]))
+    raw = load_checkpoint(snapshot_path(tmp_path, 8), CPU)["model"]
+    assert all(torch.equal(value, kept[name]) for name, value in held.items())
+    assert not all(torch.equal(value, raw[name]) for name, value in held.items())
+    trainer = runs.Trainer(tiny_config(), tiny_splits(), CPU)
+    for phase, best in result["best"].items():
+        trainer.model = load_model(tmp_path / f"best-{phase}.pt", CPU)
+        assert best["test_loss"] == evaluate(trainer, trainer.data.test).loss
 
 
 @pytest.mark.parametrize("step", [2, 8])
@@ -298,7 +299,8 @@ def test_configurations_that_part_at_the_transition_train_its_dense_phase_once(t
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
     assert before.keys() >= {"last.pt", "metrics.jsonl", "best-dense.pt"}
     changes = ({"density": 0.5}, {"pattern": "near"}, {"pattern": "random", "pattern_heads": "own"})
-    for name, changed in zip("bcd", changes, strict=True):
+    changes += ({"average": 3, "rate_after": 1.0},)
+    for name, changed in zip("bcde", changes, strict=True):
         trained.clear()
         config = tiny_config(**changed)
         result = run(tmp_path / name, config, shared=phases)
@@ -384,22 +386,27 @@ def test_configurations_that_part_earlier_do_not_share(changes, tmp_path, traine
     assert set(phases.iterdir()) == {shared_folder(phases, some) for some in (tiny_config(), config)}
 
 
-@pytest.mark.parametrize("switch", [None, 12])
-def test_a_run_that_is_not_forced_to_switch_shares_nothing(switch, tmp_path):
-    run(tmp_path / "run", tiny_config(switch_at=switch), shared=tmp_path / "phases")
+@pytest.mark.parametrize("changes", [
+    {"switch_at": None}, {"switch_at": 12}, {"attention": "dense", "switch_at": 4, "average": 3},
+], ids=str)  # fmt: skip
+def test_a_run_that_is_not_forced_to_switch_shares_nothing(changes, tmp_path):
+    run(tmp_path / "run", tiny_config(**changes), shared=tmp_path / "phases")
     assert not (tmp_path / "phases").exists()
 
 
-@pytest.mark.parametrize("stop", [None, 4, 8])
-def test_the_rule_overfit_judges_a_runs_evaluations(stop, tmp_path, monkeypatch):
-    evaluate, rises = runs.Trainer.evaluate, {2: 1.0, 4: 0.9, 6: 0.8, 8: 0.85, 10: 0.8, 12: 0.9}
+@pytest.mark.parametrize("stop", [None, 4, 7, 8])
+@pytest.mark.parametrize("rule", ["overfit", "gap"])
+def test_a_rule_on_evaluations_judges_those_of_a_run(rule, stop, tmp_path, monkeypatch):
+    """Both fire at step 8: the dev loss rises there, and is above the training loss for the first time."""
+    evaluate = runs.Trainer.evaluate
+    losses = {2: -4.0, 4: -5.0, 6: -6.0, 8: 1e3, 10: 0.8, 12: 0.9}
 
     def told(self, split):
         score = evaluate(self, split)
-        return score._replace(loss=rises[self.step]) if split is self.data.dev else score
+        return score._replace(loss=losses[self.step]) if split is self.data.dev else score
 
     monkeypatch.setattr(runs.Trainer, "evaluate", told)
-    config = tiny_config(switch_at=None, switch_rule="overfit", eval_every=2, theta=-1e9, delta=1e9)
+    config = tiny_config(switch_at=None, switch_rule=rule, eval_every=2, theta=-1e9, delta=1e9)
     if stop is not None:
         run(tmp_path, config, stop_at=stop)
     result = run(tmp_path, config)

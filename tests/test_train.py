@@ -292,12 +292,14 @@ def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
         trainer(model={"window": 32}).load_state_dict(state)
 
 
-def test_a_checkpoint_from_before_the_rules_on_evaluations_has_seen_none():
+@pytest.mark.parametrize("seen", [{}, {"dev_loss": 0.7, "overfitting": True}])
+def test_an_older_checkpoint_has_seen_the_evaluations_that_it_tells_of(seen):
     state = trainer().state_dict()
     del state["evaluation_rule"]
     made = trainer()
-    made.load_state_dict(state)
-    assert (made.evaluation_rule.dev_loss, made.evaluation_rule.fired) == (None, False)
+    made.load_state_dict(state | seen)
+    assert made.evaluation_rule.dev_loss == seen.get("dev_loss")
+    assert made.evaluation_rule.fired == seen.get("overfitting", False)
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing():
@@ -521,6 +523,7 @@ def test_configurations_are_checked_and_survive_json():
         ({"rate": -1.0}, "rate: wanted more than 0"),
         ({"rate_after": 0}, "rate_after: wanted more than 0; got 0"),
         ({"average": 0}, "average: wanted None, or 1 or more steps; got 0"),
+        ({"average": 2.5}, "average: wanted None, or 1 or more steps; got 2.5"),
         ({"switch_rule": "early"}, r"switch_rule: wanted one of \('stable', 'overfit', 'gap'\); got 'early'"),
         ({"pattern": "learnt"}, r"pattern: wanted one of \('learned', 'near', 'random', 'attention', .*; got 'learnt'"),
         (

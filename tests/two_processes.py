@@ -13,6 +13,7 @@ from sat_lib.train import Trainer
 
 KEPT = []
 EXACT = {"model": {"dropout": 0.0}, "switch_at": None, "theta": -1e9, "delta": 20.0}  # the rule decides, see the test
+CUT = {"average": 3, "switch_at": None, "switch_rule": "gap"}
 
 
 def outcome(folder: Path, stop_at: int | None = None, **changes) -> dict:
@@ -56,13 +57,13 @@ def see(device: torch.device, folder: Path) -> list[dict]:
         "gathered": distributed.gathered(distributed.rank()),
         "from_first": distributed.from_first(distributed.rank()),
         "exact": outcome(folder / "exact", **EXACT),
-        "whole": outcome(folder / "whole"),
+        "whole": outcome(folder / "whole", **CUT),
     }
     patterns = ({}, {"pattern": "random"}, {"pattern": "attention", "pattern_heads": "own"})
     seen |= {"share": share(device), "slowest": slowest(device)}
     seen |= {"unlike": [unlike(device, **changes) for changes in patterns]}
-    outcome(folder / "cut", stop_at=7)
-    seen["cut"] = outcome(folder / "cut")
+    outcome(folder / "cut", stop_at=7, **CUT)
+    seen["cut"] = outcome(folder / "cut", **CUT)
     try:
         Trainer(tiny_config(batch=5), tiny_splits(), device)
     except Exception as error:
