@@ -316,6 +316,24 @@ def test_a_captured_step_draws_new_masks_and_evaluation_none():
     assert trainer.evaluate(cifar_like().dev) == trainer.evaluate(cifar_like().dev)
 
 
+def test_a_fast_step_averages_the_weights_and_evaluates_them_under_refreshed_layouts(device):
+    """On a GPU the graph of the sparse phase is captured in its fourth step."""
+    changes = {"switch_at": 1, "average": 4, "pattern": "random", "pattern_refresh": 6}
+    config = run_config("cifar10", "sat", "best", batch=4, steps=100, warm_up=10, **changes)
+    trainer, wanted = Trainer(config, cifar_like(8), device, "fast"), None
+    for step in range(10):
+        trainer.train_step()
+        if step >= 1:
+            now = flat(trainer.model.parameters())
+            wanted = now if wanted is None else 0.75 * wanted + 0.25 * now
+            torch.testing.assert_close(flat(trainer.evaluated.parameters()), wanted, rtol=1e-5, atol=1e-6)
+            assert trainer.evaluated.layouts == trainer.model.layouts
+    assert trainer.evaluated is not trainer.model and trainer.evaluated.fused
+    seen, dev = trainer.evaluate(trainer.data.dev), trainer.data.dev
+    trainer.average = None
+    assert trainer.evaluate(dev).loss != seen.loss
+
+
 def cifar_like(examples=64):
     generator = np.random.default_rng(0)
     tokens = generator.integers(1, 256, (examples, 1024)).astype(np.uint8)
