@@ -86,8 +86,9 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     else was changed."""
     drawn = summary(rows)
     tasks = list(dict.fromkeys(drawn["task"]))
-    layouts = drawn[drawn["group"] == "layout"]
-    heights = [0.9 + 0.17 * (layouts["task"] == task).sum() for task in tasks]
+    groups = drawn.groupby("task")["group"]
+    most = {task: max((found == "layout").sum(), found.isin(OTHERS).sum() + 1) for task, found in groups}
+    heights = [0.9 + 0.17 * most[task] for task in tasks]
     style()
     figure = Figure(figsize=(PAGE, sum(heights) + 0.5), layout="constrained")
     for part, task in zip(np.atleast_1d(figure.subfigures(len(tasks), 1, height_ratios=heights)), tasks, strict=True):

@@ -64,6 +64,19 @@ BLOCKS = {
     "16, three a row": (16, 3, {}),
     "16, three a row, near": (16, 3, {"pattern": "near"}),
 }
+# What the group "preset" takes back of the preset "best": blocks that a row keeps, and other changes of the recipe, and
+# of the model.
+PRESETS = {
+    "best": (3, {}, {}),
+    "best, two a row": (2, {}, {}),
+    "best, one a row": (1, {}, {}),
+    "best, one of 32 a row": (1, {}, {"block": 32}),
+    "best, half the rate": (3, {"rate_after": 0.5}, {}),
+    "best, schedule goes on": (3, {"schedule_after": "continued"}, {}),
+    "best, no average": (3, {"average": None}, {}),
+    "best, near": (3, {"pattern": "near"}, {}),
+    "best, random": (3, {"pattern": "random"}, {}),
+}
 # Profile -> task -> the run with its forced transition, and group by group the values of what is changed. Runs are far
 # shorter than published: accuracy peaks early, and what follows is learnt by heart.
 PLANS = {
@@ -82,7 +95,7 @@ PLANS = {
             "theta": (1.7, 0.0, 3.4),
             "delta": (0.65, 5.2),
             "rule": ("overfit", "gap"),
-            "preset": ("best",),
+            "preset": tuple(PRESETS),
         },
         "agnews": {
             "run": {"steps": 600, "eval_every": 50, "switch_at": 50},
@@ -99,7 +112,7 @@ PLANS = {
             "block": ("16, three a row", "16, three a row, near"),
             "rule": ("overfit", "gap"),
             "mean_over": ("real", "real, dense"),
-            "preset": ("best",),
+            "preset": ("best", "best, one a row", "best, no average"),
         },
     },
     "smoke": {
@@ -122,8 +135,8 @@ def ablation_cases(profile: str) -> list[dict]:
     """One thing changed at a time, seed by seed; what isn't is as in the base, with a forced transition.
 
     `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta, delta and the rules
-    decide about the transition: it isn't forced there. The preset "best" changes several things at once, and is forced
-    to switch as the base is.
+    decide about the transition: it isn't forced there. The preset "best" changes several things at once, and its values
+    take one of them back; it is forced to switch as the base is.
     """
     seeds = range(1 if profile == "smoke" else 3)
     return [
@@ -170,8 +183,11 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
         block, each, recipe = BLOCKS[value]
         return recipe | {"density": each * block / length}, {"block": block}
     if group == "preset":
-        blocks = replace(base.model, **BEST_MODEL).blocks
-        return best_recipe(task(base.recipe.task).kind, blocks, steps) | {"schedule_after": "constant"}, BEST_MODEL
+        each, recipe, model = PRESETS[value]
+        model = BEST_MODEL | model
+        blocks = replace(base.model, **model).blocks
+        best = best_recipe(task(base.recipe.task).kind, blocks, steps) | {"schedule_after": "constant"}
+        return best | {"density": each / blocks} | recipe, model
     if group in ("theta", "delta"):
         return {"switch_at": None, "switch_rule": "stable", group: value}, {}
     if group == "rule":

@@ -177,9 +177,9 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
 
 
 def switch_span(rows: pd.DataFrame) -> str:
-    """The earliest and the latest transition of runs, a dash where none switched."""
-    switched = rows["transition_step"].dropna()
-    return f"{switched.min():.0f} to {switched.max():.0f}" if len(switched) else "-"
+    """The earliest and the latest transition of runs, one number where they are the same, a dash where none switched."""
+    ends = rows["transition_step"].dropna().agg(["min", "max"]).dropna().unique()
+    return " to ".join(f"{step:.0f}" for step in ends) or "-"
 
 
 def run_seconds(rows: pd.DataFrame) -> pd.Series:

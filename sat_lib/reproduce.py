@@ -80,8 +80,9 @@ STAGES = (
     _figure(
         "06_ablations",
         "Where the accuracy comes from: what W^P learns with the released and with a calibrated start, and the test "
-        "accuracy by layout, rule for pruned entries, transition and density. One seed of small runs tells no layouts "
-        "apart; at the paper's scale those that hold most attention are the least accurate on CIFAR-10.",
+        "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. One "
+        "seed of small runs tells no layouts apart; at the paper's scale those that hold most attention are the least "
+        "accurate on CIFAR-10.",
         2,
         "06_ablations_table",
         "06_diagnosis_table",

@@ -9,7 +9,7 @@ from conftest import tiny_config, tiny_splits
 from torch import nn
 
 from sat_lib import ablations
-from sat_lib.ablations import LAYOUTS, ablation_cases, best_cases, diagnosis_cases, layout_figures
+from sat_lib.ablations import LAYOUTS, PRESETS, ablation_cases, best_cases, diagnosis_cases, layout_figures
 from sat_lib.pattern import diagnose
 from sat_lib.recipes import RunConfig, run_config
 from sat_lib.reference import pool_blocks
@@ -148,7 +148,7 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
         "block": {"block", "density", "pattern"}, "theta": {"theta", "switch_at", "switch_rule"},
         "delta": {"delta", "switch_at", "switch_rule"}, "rule": {"switch_at", "switch_rule"},
         "mean_over": {"mean_over"}, "rate_after": {"rate_after"}, "average": {"average"}, "dropout": {"dropout"},
-        "preset": {"block", "density", "schedule_after", "rate_after", "average", "switch_rule"},
+        "preset": {"block", "density", "schedule_after", "rate_after", "average", "switch_rule", "pattern"},
     }  # fmt: skip
     may["pruned"] = may["layout"] | {"pruned"}
     for (group, value), config in cases.items():
@@ -177,6 +177,27 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
     forced = flat(cases["preset", "best"].as_dict())
     best = flat(run_config(task, "sat", "best", steps=forced["steps"]).as_dict())
     assert {name for name in best if best[name] != forced[name]} <= of_the_run
+
+
+TAKEN_BACK = {
+    "best": {},
+    "best, two a row": {"density": 2 / 64},
+    "best, one a row": {"density": 1 / 64},
+    "best, one of 32 a row": {"density": 1 / 32, "block": 32},
+    "best, half the rate": {"rate_after": 0.5},
+    "best, schedule goes on": {"schedule_after": "continued"},
+    "best, no average": {"average": None},
+    "best, near": {"pattern": "near"},
+    "best, random": {"pattern": "random"},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_value_of_the_preset_takes_back_what_it_names(name):
+    cases = configs_of("paper", "cifar10")
+    whole, taken = (cases["preset", value].as_dict() for value in ("best", name))
+    whole, taken = ({**config["model"], **config["recipe"]} for config in (whole, taken))
+    assert {field: value for field, value in taken.items() if value != whole[field]} == TAKEN_BACK[name]
 
 
 def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_averaged():
