@@ -177,7 +177,7 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
 
 
 def switch_span(rows: pd.DataFrame) -> str:
-    """The earliest and the latest transition of runs, one number where they are the same, a dash where none switched."""
+    """The earliest and the latest transition of runs, one number for the same step, a dash where none switched."""
     ends = rows["transition_step"].dropna().agg(["min", "max"]).dropna().unique()
     return " to ".join(f"{step:.0f}" for step in ends) or "-"
 
