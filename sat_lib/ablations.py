@@ -1,6 +1,8 @@
 """Where SAT's accuracy comes from: cases and rows of the experiments `ablations`, `best` and `diagnosis`."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -21,10 +23,10 @@ from .training_cases import SHORT_RUN, SMOKE_RUN, Context, case_config, load_dat
 BASE_MODEL = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
 
 
-def base_recipe(blocks: int) -> dict:
-    """What the base changes of a task's recipe, for N block rows: every head keeps one block of each row and column."""
+def base_recipe(run: RunConfig) -> dict:
+    """What the base changes of the recipe of a run: every head keeps one block of each row and column."""
     return {
-        "density": 1 / blocks,
+        "density": 1 / run.model.blocks,
         "pattern_budget": "balanced",
         "pattern_heads": "own",
         "switch_rule": "overfit",
@@ -64,18 +66,18 @@ BLOCKS = {
     "16, three a row": (16, 3, {}),
     "16, three a row, near": (16, 3, {"pattern": "near"}),
 }
-# What the group "preset" takes back of the preset "best": blocks that a row keeps, and other changes of the recipe, and
-# of the model.
+# What the group "preset" takes back of the preset "best": the block and how many of them a row keeps (None: as in
+# "best"), or something else of the recipe.
 PRESETS = {
-    "best": (3, {}, {}),
-    "best, two a row": (2, {}, {}),
-    "best, one a row": (1, {}, {}),
-    "best, one of 32 a row": (1, {}, {"block": 32}),
-    "best, half the rate": (3, {"rate_after": 0.5}, {}),
-    "best, schedule goes on": (3, {"schedule_after": "continued"}, {}),
-    "best, no average": (3, {"average": None}, {}),
-    "best, near": (3, {"pattern": "near"}, {}),
-    "best, random": (3, {"pattern": "random"}, {}),
+    "best": (None, {}),
+    "best, two a row": ((16, 2), {}),
+    "best, one a row": ((16, 1), {}),
+    "best, one of 32 a row": ((32, 1), {}),
+    "best, half the rate": (None, {"rate_after": 0.5}),
+    "best, schedule goes on": (None, {"schedule_after": "continued"}),
+    "best, no average": (None, {"average": None}),
+    "best, near": (None, {"pattern": "near"}),
+    "best, random": (None, {"pattern": "random"}),
 }
 # Profile -> task -> the run with its forced transition, and group by group the values of what is changed. Runs are far
 # shorter than published: accuracy peaks early, and what follows is learnt by heart.
@@ -159,7 +161,7 @@ def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, s
                 cases.append((group, value, "dense", small | {"mean_over": "real"}, without_switch))
                 continue
             recipe, model = _changes(group, value, base)
-            settings = base_recipe(base.model.blocks) | run | recipe
+            settings = base_recipe(base) | run | recipe
             if settings["density"] is None:
                 settings["density"] = base.recipe.density
             cases.append((group, value, "sat", small | BASE_MODEL | model, settings))
@@ -168,11 +170,10 @@ def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, s
 
 def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
     """What a value of a group changes in the recipe, and in the model."""
-    length, steps = base.model.length, base.recipe.steps
     if group == "layout":
         recipe, model = LAYOUTS[value]
         if "pattern_refresh" in recipe:
-            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * steps)}
+            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * base.recipe.steps)}
         return recipe, model
     if group == "pruned":
         recipe, model = LAYOUTS["released"] if value == "released, zero" else ({}, {})
@@ -181,18 +182,23 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
         return {"schedule_after": value}, {}
     if group == "block":
         block, each, recipe = BLOCKS[value]
-        return recipe | {"density": each * block / length}, {"block": block}
+        kept, model = _kept(block, each, base)
+        return recipe | kept, model
     if group == "preset":
-        each, recipe, model = PRESETS[value]
-        model = BEST_MODEL | model
-        blocks = replace(base.model, **model).blocks
-        best = best_recipe(task(base.recipe.task).kind, blocks, steps) | {"schedule_after": "constant"}
-        return best | {"density": each / blocks} | recipe, model
+        blocks, recipe = PRESETS[value]
+        best = best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
+        kept, model = _kept(*blocks, base) if blocks else ({}, {})
+        return best | kept | recipe, BEST_MODEL | model
     if group in ("theta", "delta"):
         return {"switch_at": None, "switch_rule": "stable", group: value}, {}
     if group == "rule":
         return {"switch_at": None, "switch_rule": value}, {}
     return ({}, {group: value}) if group in ("mean_over", "dropout") else ({group: value}, {})
+
+
+def _kept(block: int, each: int, base: RunConfig) -> tuple[dict, dict]:
+    """The recipe's and the model's share of so many blocks a row."""
+    return {"density": each * block / base.model.length}, {"block": block}
 
 
 def ablate(case: dict, context: Context) -> dict:
@@ -233,34 +239,31 @@ def best_cases(profile: str) -> list[dict]:
 
     Beside it the base; the baselines on AG News; and what the average of the weights does for all the others.
     """
+    case = partial(_case_with, profile=profile)
     if profile == "smoke":
-        return [_best_case("digits16", 0, profile)]
-    cases = [_best_case("cifar10", seed, profile) for seed in range(5)]
+        return [case(best_recipe, "digits16", "sat", 0, model=_small("digits16", profile) | BEST_MODEL)]
+    cases = [case(best_recipe, "cifar10", "sat", seed, model=BEST_MODEL) for seed in range(5)]
+    cases += [case(base_recipe, "cifar10", "sat", seed, model=BASE_MODEL) for seed in range(5)]
     for seed in range(3):
-        cases += [_best_case(name, seed, profile, **SHORT_RUN) for name in ("agnews", "imdb", "yelp")]
+        cases += [case(best_recipe, name, "sat", seed, model=BEST_MODEL) for name in ("agnews", "imdb", "yelp")]
+        cases += [case(base_recipe, "agnews", "sat", seed, model=BASE_MODEL)]
         cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
-        cases += [_averaged_case("cifar10", attention, seed) for attention in ("dense", *BASELINES)]
-        cases += [_averaged_case("agnews", attention, seed, **SHORT_RUN) for attention in ("dense", *BASELINES)]
-    cases += [_base_case("cifar10", seed) for seed in range(5)]
-    cases += [_base_case("agnews", seed, **SHORT_RUN) for seed in range(3)]
+        for name in ("cifar10", "agnews"):
+            cases += [case(_average, name, attention, seed) for attention in ("dense", *BASELINES)]
     return cases
 
 
-def _best_case(name: str, seed: int, profile: str, **changes) -> dict:
-    model = _small(name, profile) | BEST_MODEL
-    run = case_config(run_case(name, "sat", seed, profile, model=model, **changes))
-    recipe = best_recipe(task(name).kind, run.model.blocks, run.recipe.steps)
-    return run_case(name, "sat", seed, profile, model=model, **recipe, **changes)
+def _case_with(
+    recipe: Callable[[RunConfig], dict], name: str, attention: str, seed: int, profile: str, model: dict | None = None
+) -> dict:
+    """A case with what `recipe` says of its run, a short one of a text set."""
+    changes = {"model": model or {}} | (SHORT_RUN if task(name).kind == "text" else {})
+    run = case_config(run_case(name, attention, seed, profile, **changes))
+    return run_case(name, attention, seed, profile, **recipe(run), **changes)
 
 
-def _averaged_case(name: str, attention: str, seed: int, **changes) -> dict:
-    steps = case_config(run_case(name, attention, seed, "paper", **changes)).recipe.steps
-    return run_case(name, attention, seed, "paper", average=averaged_steps(steps), **changes)
-
-
-def _base_case(name: str, seed: int, **changes) -> dict:
-    blocks = case_config(run_case(name, "sat", seed, "paper", model=BASE_MODEL)).model.blocks
-    return run_case(name, "sat", seed, "paper", model=BASE_MODEL, **base_recipe(blocks), **changes)
+def _average(run: RunConfig) -> dict:
+    return {"average": averaged_steps(run.recipe.steps)}
 
 
 def _small(name: str, profile: str) -> dict:

@@ -153,9 +153,8 @@ def run_config(
     if preset == "best":
         require(attention == "sat", f"preset: 'best' is for the attention 'sat'; got {attention!r}")
         model = BEST_MODEL | (model or {})
-        blocks, steps = model_config(task_name, **model).blocks, changes.get("steps", base.steps)
-        changes = best_recipe(task(task_name).kind, blocks, steps) | changes
-    return RunConfig(model_config(task_name, attention=attention, **(model or {})), replace(base, **changes))
+    run = RunConfig(model_config(task_name, attention=attention, **(model or {})), replace(base, **changes))
+    return replace(run, recipe=replace(run.recipe, **best_recipe(run) | changes)) if preset == "best" else run
 
 
 # The preset "best", which the ablations led to: blocks are smaller, W^P learns which of them go together by their
@@ -163,20 +162,20 @@ def run_config(
 BEST_MODEL = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
 
 
-def best_recipe(kind: str, blocks: int, steps: int) -> dict:
-    """What the preset "best" changes of a recipe, for a task's kind, N block rows and so many steps.
+def best_recipe(run: RunConfig) -> dict:
+    """What the preset "best" changes of the recipe of a run, by its task's kind, its block rows and its steps.
 
     Every head keeps three blocks of each row and column; the switch comes when the dense phase begins to learn by
     heart; from then on the rate is constant, as published: at the peak for images, at half of it for others; and the
     weights are averaged.
     """
     return {
-        "density": min(1, 3 / blocks),
+        "density": min(1, 3 / run.model.blocks),
         "pattern_budget": "balanced",
         "pattern_heads": "own",
         "switch_rule": "gap",
-        "rate_after": 1.0 if kind == "image" else 0.5,
-        "average": averaged_steps(steps),
+        "rate_after": 1.0 if task(run.recipe.task).kind == "image" else 0.5,
+        "average": averaged_steps(run.recipe.steps),
     }
 
 

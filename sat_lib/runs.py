@@ -91,9 +91,9 @@ def fit(
         if result is not None:
             _check_snapshots(folder, snapshots)
             return result
-        forced = config.recipe.switch_at is not None and config.recipe.switch_at < config.recipe.steps
-        sat = config.model.attention == "sat"
-        if shared is not None and sat and forced and not (folder / "last.pt").exists():
+        sat, at = config.model.attention == "sat", config.recipe.switch_at
+        forced = sat and at is not None and at < config.recipe.steps
+        if shared is not None and forced and not (folder / "last.pt").exists():
             _begin_with_shared(config, data, folder, device, step, shared)
         run = _Run(config, data, folder, device, step)
         _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
