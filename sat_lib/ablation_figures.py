@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .figures import PAGE, PALETTE, TASK_NAMES, new, style, switch_span
+from .recipes import best_recipe
+from .training_cases import case_config
 from .verdicts import gap
 
 # What a layout comes from, told by the first word of its name, and its colour.
@@ -20,6 +22,7 @@ KINDS = {
 BASE = "correlation, learned"
 OTHERS = ("pruned", "schedule", "rate_after", "average", "dropout", "density", "block", "mean_over", "rule", "theta",
           "delta", "preset")  # fmt: skip
+AROUND_BEST = ("preset", "best, switch_at")
 INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
 DIAGNOSES = {
     "mass_kept": "mass kept / best",
@@ -149,19 +152,31 @@ def _base(of_task: pd.DataFrame) -> pd.DataFrame:
 
 
 def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
-    """The base and the forced steps as a line, the rules where they came."""
-    lines = pd.concat([_base(of_task), of_task[of_task["group"] == "switch_at"]]).sort_values("transition_step")
-    axis.errorbar(lines["transition_step"], lines["percent"], yerr=lines["deviation"], fmt="o-", color=PALETTE["sat"],
-                  markersize=3.5, linewidth=1)  # fmt: skip
-    for rule in of_task[of_task["group"] == "rule"].itertuples():
+    """The base and the preset "best" at the forced steps, a line each, and rules where they came."""
+    by_rule = of_task["value"].map(lambda value: isinstance(value, str))
+    best = of_task[(of_task["group"] == "preset") & (of_task["value"] == "best")]
+    for name, centre, group, colour in (
+        ("base", _base(of_task), "switch_at", PALETTE["sat"]),
+        ("best", best, "best, switch_at", PALETTE["lsg"]),
+    ):
+        lines = pd.concat([centre, of_task[(of_task["group"] == group) & ~by_rule]]).sort_values("transition_step")
+        axis.errorbar(lines["transition_step"], lines["percent"], yerr=lines["deviation"], fmt="o-", color=colour,
+                      markersize=3.5, linewidth=1)  # fmt: skip
+        for line in lines[-1:].itertuples():
+            _label(axis, line, name, colour)
+    for rule in of_task[of_task["group"].isin(["rule", "best, switch_at"]) & by_rule].itertuples():
         if not np.isnan(rule.transition_step):
             axis.plot(rule.transition_step, rule.percent, "D", color="black", markersize=4)
-            at, place = (rule.transition_step, rule.percent), (4, -8)
-            axis.annotate(rule.value, at, place, textcoords="offset points", fontsize=7)
+            _label(axis, rule, rule.value, "black")
     _dense_line(axis, of_task, axis.axhline)
     axis.set(xlabel="transition at step", ylabel="test accuracy (%)")
     axis.margins(x=0.1)
     sns.despine(ax=axis)
+
+
+def _label(axis: Axes, line, text: str, colour) -> None:
+    at = (line.transition_step, line.percent)
+    axis.annotate(text, at, (4, -8), textcoords="offset points", fontsize=7, color=colour)
 
 
 def _others(axis: Axes, of_task: pd.DataFrame, single: pd.DataFrame) -> None:
@@ -199,25 +214,32 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def conclusions(rows: pd.DataFrame) -> list[str]:
-    """Sentences on each task: the base, the best layout by hand, what gained over the base and what didn't help."""
+    """Sentences on each task, of the base and of the preset "best": what gained over it and what didn't help."""
     found = []
     for task, of_task in rows.groupby("task", sort=False):
-        percent = lambda part: 100 * part["test_accuracy"]
-        base = percent(of_task[(of_task["group"] == "layout") & (of_task["value"] == BASE)])
-        gains = {}
-        for (group, value), part in of_task.groupby(["group", "value"], sort=False):
-            if (group, value) != ("layout", BASE):
-                gains[_name(group, value)] = gap(percent(part), base)
-        order = sorted(gains, key=lambda name: -gains[name].difference)
-        better = [f"{name} {gains[name].numbers}" for name in order if gains[name].difference > 0]
-        worse = [f"{name} {gains[name].numbers}" for name in order if gains[name].difference <= 0]
-        runs = f"{len(base)} {'run' if len(base) == 1 else 'runs'}"
-        found += [
-            f"{TASK_NAMES.get(task, task)}: {base.mean():.2f} % with the base ({runs}).",
-            f"Above it: {'; '.join(better) or 'nothing'}.",
-            f"Didn't help: {'; '.join(worse) or 'nothing'}.",
-        ]
+        of_best = of_task["group"].isin(AROUND_BEST)
+        centres = {"the base": (of_task[~of_best], BASE), 'the preset "best"': (of_task[of_best], "best")}
+        for name, (around, centre) in centres.items():
+            found += _around(TASK_NAMES.get(task, task), name, around, centre)
     return found
+
+
+def _around(task: str, name: str, rows: pd.DataFrame, centre: str) -> list[str]:
+    percent = lambda part: 100 * part["test_accuracy"]
+    of_centre = percent(rows[rows["value"] == centre])
+    if of_centre.empty:
+        return []
+    parts = rows[rows["value"] != centre].groupby(["group", "value"], sort=False)
+    gains = {_name(*key): gap(percent(part), of_centre) for key, part in parts}
+    order = sorted(gains, key=lambda changed: -gains[changed].difference)
+    better = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference > 0]
+    worse = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference <= 0]
+    runs = f"{len(of_centre)} {'run' if len(of_centre) == 1 else 'runs'}"
+    return [
+        f"{task}: {of_centre.mean():.2f} % with {name} ({runs}).",
+        f"Above it: {'; '.join(better) or 'nothing'}.",
+        f"Didn't help: {'; '.join(worse) or 'nothing'}.",
+    ]
 
 
 def _name(group: str, value) -> str:
@@ -274,13 +296,18 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def methods(rows: pd.DataFrame) -> list[str]:
     """Each row's attention, and which SAT it is, or whether its weights were averaged."""
-    return [_method(row["attention"], "average" in row["recipe"], row["experiment"]) for row in _each(rows)]
+    return [_method(row) for row in _each(rows)]
 
 
-def _method(attention: str, averaged: bool, experiment: str) -> str:
-    if attention == "sat":
-        return "sat, best" if averaged else "sat, base" if experiment == "best" else "sat, released"
-    return attention + (", averaged" if averaged else "")
+def _method(row: pd.Series) -> str:
+    averaged = "average" in row["recipe"]
+    if row["attention"] != "sat":
+        return row["attention"] + (", averaged" if averaged else "")
+    if not averaged:
+        return "sat, base" if row["experiment"] == "best" else "sat, released"
+    config = case_config(row)
+    kept = round(config.recipe.density * config.model.blocks)
+    return "sat, best" if config.recipe.density == best_recipe(config)["density"] else f"sat, best, {kept} a row"
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------

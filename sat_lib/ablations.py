@@ -67,12 +67,13 @@ BLOCKS = {
     "16, three a row, near": (16, 3, {"pattern": "near"}),
 }
 # What the group "preset" takes back of the preset "best": the block and how many of them a row keeps (None: as in
-# "best"), or something else of the recipe.
+# "best"), or something else of the recipe. With all blocks it is dense attention trained as "best" is.
 PRESETS = {
     "best": (None, {}),
     "best, two a row": ((16, 2), {}),
-    "best, one a row": ((16, 1), {}),
+    "best, three a row": ((16, 3), {}),
     "best, one of 32 a row": ((32, 1), {}),
+    "best, all blocks": (None, {"density": 1.0}),
     "best, half the rate": (None, {"rate_after": 0.5}),
     "best, schedule goes on": (None, {"schedule_after": "continued"}),
     "best, no average": (None, {"average": None}),
@@ -98,6 +99,7 @@ PLANS = {
             "delta": (0.65, 5.2),
             "rule": ("overfit", "gap"),
             "preset": tuple(PRESETS),
+            "best, switch_at": (500, 750, 1_500, 2_000, "gap"),
         },
         "agnews": {
             "run": {"steps": 600, "eval_every": 50, "switch_at": 50},
@@ -114,7 +116,8 @@ PLANS = {
             "block": ("16, three a row", "16, three a row, near"),
             "rule": ("overfit", "gap"),
             "mean_over": ("real", "real, dense"),
-            "preset": ("best", "best, one a row", "best, no average"),
+            "preset": ("best", "best, three a row", "best, all blocks", "best, no average"),
+            "best, switch_at": (0, 100, 150, 200, "gap"),
         },
     },
     "smoke": {
@@ -138,7 +141,8 @@ def ablation_cases(profile: str) -> list[dict]:
 
     `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta, delta and the rules
     decide about the transition: it isn't forced there. The preset "best" changes several things at once, and its values
-    take one of them back; it is forced to switch as the base is.
+    take one of them back; it is forced to switch as the base is, in the group "best, switch_at" at other steps or, by
+    the name of its own rule, not at all.
     """
     seeds = range(1 if profile == "smoke" else 3)
     return [
@@ -184,8 +188,9 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
         block, each, recipe = BLOCKS[value]
         kept, model = _kept(block, each, base)
         return recipe | kept, model
-    if group == "preset":
-        blocks, recipe = PRESETS[value]
+    if group in ("preset", "best, switch_at"):
+        at = {"switch_at": None if value == "gap" else value}
+        blocks, recipe = PRESETS[value] if group == "preset" else (None, at)
         best = best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
         kept, model = _kept(*blocks, base) if blocks else ({}, {})
         return best | kept | recipe, BEST_MODEL | model
@@ -237,15 +242,19 @@ def layout_figures(maps: dict) -> dict[str, float]:
 def best_cases(profile: str) -> list[dict]:
     """The preset "best": CIFAR-10 in the published number of steps, five seeds; text sets in short runs, three seeds.
 
-    Beside it the base; the baselines on AG News; and what the average of the weights does for all the others.
+    Beside it the same with more blocks a row; the base; the baselines on AG News; and what the average of the weights
+    does for all the others.
     """
     case = partial(_case_with, profile=profile)
     if profile == "smoke":
         return [case(best_recipe, "digits16", "sat", 0, model=_small("digits16", profile) | BEST_MODEL)]
-    cases = [case(best_recipe, "cifar10", "sat", seed, model=BEST_MODEL) for seed in range(5)]
+    two, three = (partial(case, partial(_best_with, each), model=BEST_MODEL) for each in (2, 3))
+    best = partial(case, best_recipe, model=BEST_MODEL)
+    cases = [kept("cifar10", "sat", seed) for kept in (best, two, three) for seed in range(5)]
     cases += [case(base_recipe, "cifar10", "sat", seed, model=BASE_MODEL) for seed in range(5)]
     for seed in range(3):
-        cases += [case(best_recipe, name, "sat", seed, model=BEST_MODEL) for name in ("agnews", "imdb", "yelp")]
+        cases += [best(name, "sat", seed) for name in ("agnews", "imdb", "yelp")]
+        cases += [three(name, "sat", seed) for name in ("agnews", "yelp")]
         cases += [case(base_recipe, "agnews", "sat", seed, model=BASE_MODEL)]
         cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
         for name in ("cifar10", "agnews"):
@@ -260,6 +269,11 @@ def _case_with(
     changes = {"model": model or {}} | (SHORT_RUN if task(name).kind == "text" else {})
     run = case_config(run_case(name, attention, seed, profile, **changes))
     return run_case(name, attention, seed, profile, **recipe(run), **changes)
+
+
+def _best_with(each: int, run: RunConfig) -> dict:
+    """The preset "best" with so many blocks of each row and column."""
+    return best_recipe(run) | {"density": each / run.model.blocks}
 
 
 def _average(run: RunConfig) -> dict:

@@ -33,7 +33,7 @@ from .attention import ATTENTION
 from .baselines import IMPLEMENTATIONS
 from .errors import require
 from .pretrained import PATTERNS
-from .recipes import PAPER_TASKS, run_config
+from .recipes import BEST_MODEL, PAPER_TASKS, run_config
 from .tasks import task
 from .train import Trainer, to_device
 from .training_cases import SHORT_RUN, Context, case_config, load_data, run_case, run_folder, train
@@ -76,11 +76,13 @@ def short_cases(profile: str) -> list[dict]:
 
 # ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
 
-# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase. "plain" kinds
-# take PyTorch's modules one by one, as the layers of transformers do, which the fast step isn't made for.
+# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase, "sat, best" is
+# the sparse one of that preset. "plain" kinds take PyTorch's modules one by one, as the layers of transformers do,
+# which the fast step isn't made for.
 STEP_KINDS = {
     "sat, sparse phase": ("sat", "kernel", {}),
     "sat, dense phase": ("sat", "kernel", {}),
+    "sat, best": ("sat", "kernel", BEST_MODEL),
     "dense": ("dense", "sdpa", {}),
     "longformer, kernel": ("longformer", "kernel", {}),
     "longformer, library": ("longformer", "library", {}),
@@ -112,6 +114,7 @@ def step_cases(profile: str) -> list[dict]:
             "precision": "fp32" if smoke else "bf16",
             "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
         }
+        | ({"preset": "best"} if kind == "sat, best" else {})
         for name in (("cifar10", "agnews") if smoke else PAPER_TASKS)
         for kind, (attention, implementation, model) in STEP_KINDS.items()
         if not (smoke and kind.endswith("plain"))  # all are, there
@@ -153,6 +156,7 @@ def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torc
     config = run_config(
         case["task"],
         case["attention"],
+        case.get("preset", "released"),
         model=case["model"] | ours,
         batch=case["batch"],
         precision=case["precision"],
@@ -164,7 +168,7 @@ def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torc
     if case["implementation"] == "transformers":
         peers.use_transformers(trainer.model)
     batch = to_device(data.train, distributed.share(np.arange(case["batch"])), device)
-    if case["kind"].startswith("sat, sparse phase"):
+    if case["kind"].startswith(("sat, sparse phase", "sat, best")):
         trainer.train_step(batch)
         trainer.enter_sparse_phase(list(trainer.rule.maps))
     return trainer, batch

@@ -165,12 +165,12 @@ BEST_MODEL = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "co
 def best_recipe(run: RunConfig) -> dict:
     """What the preset "best" changes of the recipe of a run, by its task's kind, its block rows and its steps.
 
-    Every head keeps three blocks of each row and column; the switch comes when the dense phase begins to learn by
+    Every head keeps one block of each row and column; the switch comes when the dense phase begins to learn by
     heart; from then on the rate is constant, as published: at the peak for images, at half of it for others; and the
     weights are averaged.
     """
     return {
-        "density": min(1, 3 / run.model.blocks),
+        "density": 1 / run.model.blocks,
         "pattern_budget": "balanced",
         "pattern_heads": "own",
         "switch_rule": "gap",

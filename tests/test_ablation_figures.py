@@ -29,6 +29,9 @@ def rows():
             row("pruned", "zero", 0.44),
             row("switch_at", 2_000, 0.48, at=2_000),
             row("rule", "overfit", 0.43, at=1_500),
+            row("preset", "best", 0.49),
+            row("best, switch_at", 500, 0.46, at=500),
+            row("best, switch_at", "gap", 0.47, at=750),
             row("layout", "correlation, learned", 0.60, task="agnews"),
         ]
     )
@@ -54,11 +57,12 @@ def test_summary_gives_mean_deviation_and_the_time_of_a_step_of_the_last_phase(r
 
 def test_the_figure_draws_every_layout_by_accuracy_and_numbers_in_the_values(rows):
     figure, drawn = ablation_figures.ablations(rows)
-    assert len(drawn) == 7
+    assert len(drawn) == 10
     above = figure.subfigs[0].axes[0]
     assert [label.get_text() for label in above.get_yticklabels()] == ["correlation, learned", "attention, by row"]
+    assert [text.get_text() for text in figure.subfigs[0].axes[2].texts] == ["base", "best", "overfit", "gap"]
     others = [label.get_text() for label in figure.subfigs[0].axes[3].get_yticklabels()]
-    assert others == ["base", "pruned zero", "rule overfit"]
+    assert others == ["base", "pruned zero", "rule overfit", "preset best"]
 
 
 def test_the_table_has_the_best_of_a_group_first(rows):
@@ -71,10 +75,15 @@ def test_the_table_has_the_best_of_a_group_first(rows):
 
 
 def test_conclusions_part_what_gained_from_what_did_not(rows):
-    base, better, worse = ablation_figures.conclusions(rows)[:3]
+    base, better, worse, *best = ablation_figures.conclusions(rows)[:6]
     assert base == "CIFAR-10: 46.00 % with the base (2 runs)."
     assert better == "Above it: switch_at 2000 +2.00."
     assert worse == "Didn't help: pruned zero -2.00; rule overfit -3.00; attention, by row -5.00; dense -6.00."
+    assert best == [
+        'CIFAR-10: 49.00 % with the preset "best" (1 run).',
+        "Above it: nothing.",
+        "Didn't help: best, switch_at gap -2.00; best, switch_at 500 -3.00.",
+    ]
 
 
 def test_a_difference_has_the_standard_error_of_two_means():
@@ -84,15 +93,16 @@ def test_a_difference_has_the_standard_error_of_two_means():
 
 
 def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
-    averaged = {"recipe": {"average": 120}, "experiment": "best"}
+    averaged = {"recipe": {"average": 120, "density": 1 / 64}, "model": {"block": 16}, "experiment": "best"}
     best = [row("", "", accuracy, seed=seed, **averaged) for seed, accuracy in enumerate((0.45, 0.47))]
     best += [row("", "", 0.43, experiment="best"), row("", "", 0.41, at=None, **averaged)]
+    best += [row("", "", 0.44, **averaged | {"recipe": {"average": 120, "density": 2 / 64}})]
     others = [row("", "", 0.42), row("", "", 0.40, at=None), row("", "", 0.9, at=None, steps=9_999)]
     others = [line | {"experiment": "accuracy"} for line in others]
     frames = {"best": pd.DataFrame(best), "accuracy": pd.DataFrame(others), "accuracy_short": pd.DataFrame()}
     table = ablation_figures.best_table(frames).set_index("attention")
-    found = {"sat, best": "46.00", "sat, base": "43.00", "sat, released": "42.00", "dense, averaged": "41.00"}
-    assert dict(table["test %"]) == found | {"dense": "40.00"}
+    found = {"sat, best": "46.00", "sat, best, 2 a row": "44.00", "sat, base": "43.00", "sat, released": "42.00"}
+    assert dict(table["test %"]) == found | {"dense, averaged": "41.00", "dense": "40.00"}
     assert list(table["test %"]) == sorted(table["test %"], reverse=True)
     assert table.loc["sat, released", "best gains"] == "+4.00"
     assert table.loc["sat, best", "best gains"] == "-"

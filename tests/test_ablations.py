@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +152,7 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
         "preset": {"block", "density", "schedule_after", "rate_after", "average", "switch_rule", "pattern"},
     }  # fmt: skip
     may["pruned"] = may["layout"] | {"pruned"}
+    may["best, switch_at"] = may["preset"] | {"switch_at"}
     for (group, value), config in cases.items():
         if config.model.attention == "dense":
             common = ("steps", "warm_up", "eval_every", "rate", "batch", "seed", "precision", "protocol")
@@ -161,7 +163,7 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
         changed = {name for name, field in flat(config.as_dict()).items() if field != flat(base)[name]}
         assert changed <= may[group], (group, value)
         assert changed or value == "correlation, learned"
-        if group not in ("layout", "preset", "block"):
+        if group not in ("layout", "preset", "best, switch_at", "block"):
             field = {"schedule": "schedule_after", "rule": "switch_rule"}.get(group, group)
             assert flat(config.as_dict())[field] == (str(value).split(", ")[-1] if group == "pruned" else value)
     for group, value in cases:
@@ -182,8 +184,9 @@ def test_an_ablation_changes_one_thing_of_the_base(profile, task):
 TAKEN_BACK = {
     "best": {},
     "best, two a row": {"density": 2 / 64},
-    "best, one a row": {"density": 1 / 64},
+    "best, three a row": {"density": 3 / 64},
     "best, one of 32 a row": {"density": 1 / 32, "block": 32},
+    "best, all blocks": {"density": 1},
     "best, half the rate": {"rate_after": 0.5},
     "best, schedule goes on": {"schedule_after": "continued"},
     "best, no average": {"average": None},
@@ -200,6 +203,17 @@ def test_a_value_of_the_preset_takes_back_what_it_names(name):
     assert {field: value for field, value in taken.items() if value != whole[field]} == TAKEN_BACK[name]
 
 
+@pytest.mark.parametrize("task", ["cifar10", "agnews"])
+def test_the_preset_is_also_forced_to_switch_at_other_steps_and_left_to_its_rule(task):
+    cases = configs_of("paper", task)
+    best = cases["preset", "best"]
+    moved = {value: config for (group, value), config in cases.items() if group == "best, switch_at"}
+    assert moved.pop("gap") == replace(best, recipe=replace(best.recipe, switch_at=None, switch_rule="gap"))
+    for step, config in moved.items():
+        assert config == replace(best, recipe=replace(best.recipe, switch_at=step)) != best
+    assert len(moved) == 4
+
+
 def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_averaged():
     cases, configs = best_cases("paper"), list(map(case_config, best_cases("paper")))
     assert {case["recipe"].get("steps") for case in cases if case["task"] == "cifar10"} == {None}
@@ -212,6 +226,8 @@ def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_av
 
     for task, wanted in {"cifar10": 5, "agnews": 3, "imdb": 3, "yelp": 3}.items():
         assert seeds(task, preset="best") == wanted
+    for task, kept, wanted in (("cifar10", 2, 5), ("cifar10", 3, 5), ("agnews", 3, 3), ("yelp", 3, 3)):
+        assert seeds(task, preset="best", density=kept / 64) == wanted
     base = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
     recipe = {"density": 1 / 32, "pattern_budget": "balanced", "pattern_heads": "own", "switch_rule": "overfit"}
     for task, wanted in {"cifar10": 5, "agnews": 3}.items():
@@ -221,9 +237,9 @@ def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_av
         assert seeds("agnews", attention) == 3
     for attention in ("dense", *baselines):
         assert seeds("cifar10", attention, average=400) == seeds("agnews", attention, average=40) == 3
-    assert len(cases) == 5 + 3 * 3 + 5 + 3 + 3 * 3 + 3 * 4 * 2
+    assert len(cases) == 3 * 5 + 5 * 3 + 5 + 3 + 3 * 3 + 3 * 4 * 2
     (smoke,) = best_cases("smoke")
-    assert case_config(smoke).recipe.density == 3 / case_config(smoke).model.blocks
+    assert case_config(smoke).recipe.density == 1 / case_config(smoke).model.blocks
 
 
 def test_diagnoses_are_of_the_published_recipe_with_either_start_of_the_parameter():

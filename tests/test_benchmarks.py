@@ -1,4 +1,4 @@
-"""The benchmark of the kernels: what is timed is the same attention, and its rows can be drawn and tabled."""
+"""The benchmarks of kernels and of whole steps: what is timed is what is meant, and rows can be drawn and tabled."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from sat_lib import benchmarks, experiments, figures, files, paper, reference
 from sat_lib.__main__ import main
 from sat_lib.layout import BlockLayout
+from sat_lib.recipes import run_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
@@ -172,3 +173,20 @@ def test_summary_compares_with_sdpa_and_the_best_flex_of_the_shape():
     assert (fused["sdpa"], fused["flex"]) == (3.0, 1.5)
     other = lines.loc[("density", "fused")]
     assert other["sdpa"] == 3.0 and figures.pd.isna(other["flex"])
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_the_preset_best_is_timed_in_the_sparse_phase_with_its_average(tmp_path, monkeypatch):
+    timed, time_calls = [], experiments.timing.time_calls
+    note = lambda step, *places, **settings: timed.append(step.func.__self__) or time_calls(step, *places, **settings)
+    monkeypatch.setattr(experiments.timing, "time_calls", note)
+    only = {"task": "cifar10", "kind": "sat, best"}
+    (row,) = experiments.rows("step", "smoke", device="cpu", only=only, root=tmp_path).itertuples()
+    (trainer,) = timed
+    best = run_config("cifar10", "sat", "best")
+    assert trainer.config.model == best.model
+    assert trainer.phase == "sparse" and trainer.average is not None
+    assert {layout.density for layout in trainer.model.layouts} == {row.density} == {best.recipe.density}
+    assert 0 < row.low_ms <= row.median_ms

@@ -550,14 +550,14 @@ def test_the_preset_best_is_what_the_ablations_led_to():
     cases = (("cifar10", {}, 64, 400, 1.0), ("digits16", {"steps": 300}, 16, 12, 1.0), ("yelp", {}, 64, 1_200, 0.5))
     for task, changes, blocks, average, rate in cases:
         recipe = {
-            "density": 3 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
+            "density": 1 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
             "switch_rule": "gap", "switch_at": None, "schedule_after": "constant", "rate_after": rate,
             "average": average, "pattern_refresh": None,
         }  # fmt: skip
         made = run_config(task, "sat", "best", **changes)
         assert made == run_config(task, "sat", model=model, **recipe, **changes)
         assert made.model.blocks == blocks
-    assert run_config("digits16", "sat", "best", model={"block": 128}).recipe.density == 1
+    assert run_config("digits16", "sat", "best", model={"block": 256}).recipe.density == 1
     assert run_config("digits16", "sat", "best", steps=20, warm_up=2).recipe.average == 1
     changed = run_config("cifar10", "sat", "best", model={"pruned": "zero"}, density=0.25, schedule_after="continued")
     assert (changed.model.pruned, changed.recipe.density, changed.recipe.schedule_after) == ("zero", 0.25, "continued")
