@@ -1,5 +1,7 @@
 """Where SAT's accuracy comes from: figures and tables from rows of `ablations`, `diagnosis` and `best`."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -22,6 +24,7 @@ KINDS = {
 BASE = "correlation, learned"
 OTHERS = ("pruned", "schedule", "rate_after", "average", "dropout", "density", "block", "mean_over", "rule", "theta",
           "delta", "preset")  # fmt: skip
+CENTRES = {"base": PALETTE["sat"], "best": PALETTE["lsg"]}
 AROUND_BEST = ("preset", "best, switch_at")
 INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
 DIAGNOSES = {
@@ -118,6 +121,7 @@ def _dots(axis: Axes, lines: pd.DataFrame, single: pd.DataFrame, colours: list) 
         axis.errorbar(line.percent, place, xerr=deviation, fmt="o", color=colour, markersize=4, linewidth=1)
         axis.plot(seeds, [place] * len(seeds), ".", color="black", markersize=2)
     axis.set(ylim=(len(lines) - 0.4, -0.6), xlabel="test accuracy (%)")
+    axis.locator_params(axis="x", nbins=4)
     axis.grid(axis="y", color="0.93")
     sns.despine(ax=axis)
 
@@ -151,37 +155,45 @@ def _base(of_task: pd.DataFrame) -> pd.DataFrame:
     return of_task[(of_task["group"] == "layout") & (of_task["value"] == BASE)]
 
 
-def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
-    """The base and the preset "best" at the forced steps, a line each, and rules where they came."""
-    by_rule = of_task["value"].map(lambda value: isinstance(value, str))
-    best = of_task[(of_task["group"] == "preset") & (of_task["value"] == "best")]
-    for name, centre, group, colour in (
-        ("base", _base(of_task), "switch_at", PALETTE["sat"]),
-        ("best", best, "best, switch_at", PALETTE["lsg"]),
+def _switches(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Around the base and around the preset "best": its name, the lines that were forced to switch, and the rules'."""
+    for name, centre, groups in (
+        ("base", ("layout", BASE), ("switch_at", "rule")),
+        ("best", ("preset", "best"), ("best, switch_at",)),
     ):
-        lines = pd.concat([centre, of_task[(of_task["group"] == group) & ~by_rule]]).sort_values("transition_step")
+        moved = lines["group"].isin(groups)
+        by_rule = moved & lines["value"].map(lambda value: isinstance(value, str))
+        unmoved = (lines["group"] == centre[0]) & (lines["value"] == centre[1])
+        yield name, lines[unmoved | moved & ~by_rule], lines[by_rule]
+
+
+def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
+    """The forced steps as lines, and the rules where they came."""
+    for (name, forced, rules), colour in zip(_switches(of_task), CENTRES.values(), strict=True):
+        lines = forced.sort_values("transition_step")
         axis.errorbar(lines["transition_step"], lines["percent"], yerr=lines["deviation"], fmt="o-", color=colour,
                       markersize=3.5, linewidth=1)  # fmt: skip
-        for line in lines[-1:].itertuples():
+        for line in lines[:1].itertuples():
             _label(axis, line, name, colour)
-    for rule in of_task[of_task["group"].isin(["rule", "best, switch_at"]) & by_rule].itertuples():
-        if not np.isnan(rule.transition_step):
+        came = rules.dropna(subset="transition_step").sort_values("percent", ascending=False)
+        for place, rule in enumerate(came.itertuples()):
             axis.plot(rule.transition_step, rule.percent, "D", color="black", markersize=4)
-            _label(axis, rule, rule.value, "black")
+            _label(axis, rule, rule.value, "black", left=place == 0)
     _dense_line(axis, of_task, axis.axhline)
     axis.set(xlabel="transition at step", ylabel="test accuracy (%)")
     axis.margins(x=0.1)
     sns.despine(ax=axis)
 
 
-def _label(axis: Axes, line, text: str, colour) -> None:
-    at = (line.transition_step, line.percent)
-    axis.annotate(text, at, (4, -8), textcoords="offset points", fontsize=7, color=colour)
+def _label(axis: Axes, line, text: str, colour, left: bool = False) -> None:
+    at, place, side = (line.transition_step, line.percent), (-4, 3) if left else (4, -8), "right" if left else "left"
+    axis.annotate(text, at, place, textcoords="offset points", fontsize=7, color=colour, ha=side)
 
 
 def _others(axis: Axes, of_task: pd.DataFrame, single: pd.DataFrame) -> None:
     lines = pd.concat([_base(of_task), of_task[of_task["group"].isin(OTHERS)]])
-    _dots(axis, lines, single, [PALETTE["sat"] if line.group == "layout" else "0.3" for line in lines.itertuples()])
+    colours = {"layout": CENTRES["base"], "preset": CENTRES["best"]}
+    _dots(axis, lines, single, [colours.get(group, "0.3") for group in lines["group"]])
     names = ["base" if line.group == "layout" else _name(line.group, line.value) for line in lines.itertuples()]
     axis.set_yticks(range(len(lines)), names)
     _dense_line(axis, of_task, axis.axvline)
@@ -211,6 +223,53 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
             "step ms": number("step_ms", ".2f"),
         }
     )
+
+
+def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """When to switch: forced steps in their order, then the rules, around the base and around the preset "best".
+
+    "less the best step": its mean less that of the best forced step, with the standard error of the difference.
+    "dev loss then": see `_look_ahead`; below 0 a look ahead would switch.
+    """
+    lines = []
+    for task, of_task in rows.groupby("task", sort=False):
+        for name, forced, rules in _switches(of_task):
+            percent = 100 * forced.groupby("transition_step")["test_accuracy"].mean()
+            if len(percent) < 2:
+                continue
+            most = 100 * forced.loc[forced["transition_step"] == percent.idxmax(), "test_accuracy"]
+            parts = [(f"{step:.0f}", part) for step, part in forced.groupby("transition_step")]
+            for label, part in [*parts, *rules.groupby("value", sort=False)]:
+                ours = 100 * part["test_accuracy"]
+                ahead = [loss for run in _each(part) if (loss := _look_ahead(run, forced)) is not None]
+                lines.append(
+                    {
+                        "task": TASK_NAMES.get(task, task),
+                        "of": name,
+                        "step or rule": label,
+                        "switched at step": switch_span(part),
+                        "runs": len(part),
+                        "test %": f"{ours.mean():.2f}",
+                        "deviation": f"{ours.std(ddof=1):.2f}" if len(part) > 1 else "-",
+                        "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
+                        "dev loss then": f"{np.mean(ahead):+.3f}" if ahead else "-",
+                    }
+                )
+    return pd.DataFrame(lines)
+
+
+def _look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
+    """A run's dev loss at its first evaluation that is at least one of their distances after the switch, less the mean
+    of those runs of its seed that are still dense there; None where there are none."""
+    losses, at = _dev_losses(run), run["transition_step"]
+    steps = [step for step in sorted(losses) if step >= at + min(losses)]
+    same = (others["seed"] == run["seed"]) & (others["transition_step"] >= (steps or [np.inf])[0])
+    dense = [_dev_losses(other)[steps[0]] for other in _each(others[same])]
+    return losses[steps[0]] - float(np.mean(dense)) if dense else None
+
+
+def _dev_losses(run: pd.Series) -> dict[int, float]:
+    return {line["step"]: line["dev_loss"] for line in run["history"] if "dev_accuracy" in line}
 
 
 def conclusions(rows: pd.DataFrame) -> list[str]:
@@ -243,7 +302,7 @@ def _around(task: str, name: str, rows: pd.DataFrame, centre: str) -> list[str]:
 
 
 def _name(group: str, value) -> str:
-    return str(value) if group in ("layout", "dense") else f"{group} {_number(value)}"
+    return str(value) if group in ("layout", "dense", "preset") else f"{group} {_number(value)}"
 
 
 def _number(value) -> str:
@@ -306,8 +365,10 @@ def _method(row: pd.Series) -> str:
     if not averaged:
         return "sat, base" if row["experiment"] == "best" else "sat, released"
     config = case_config(row)
-    kept = round(config.recipe.density * config.model.blocks)
-    return "sat, best" if config.recipe.density == best_recipe(config)["density"] else f"sat, best, {kept} a row"
+    recipe, name = config.recipe, "sat, best"
+    if recipe.density != best_recipe(config)["density"]:
+        name += f", {recipe.density * config.model.blocks:.0f} a row"
+    return name + (f", switched at {recipe.switch_at}" if recipe.switch_at is not None else "")
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------

@@ -242,18 +242,18 @@ def layout_figures(maps: dict) -> dict[str, float]:
 def best_cases(profile: str) -> list[dict]:
     """The preset "best": CIFAR-10 in the published number of steps, five seeds; text sets in short runs, three seeds.
 
-    Beside it the same with more blocks a row; the base; the baselines on AG News; and what the average of the weights
-    does for all the others.
+    Beside it the same with more blocks a row, and on text switched as soon as the warm-up is over; the base; the
+    baselines on AG News; and what the average of the weights does for all the others.
     """
     case = partial(_case_with, profile=profile)
     if profile == "smoke":
         return [case(best_recipe, "digits16", "sat", 0, model=_small("digits16", profile) | BEST_MODEL)]
     two, three = (partial(case, partial(_best_with, each), model=BEST_MODEL) for each in (2, 3))
-    best = partial(case, best_recipe, model=BEST_MODEL)
-    cases = [kept("cifar10", "sat", seed) for kept in (best, two, three) for seed in range(5)]
+    best, early = (partial(case, recipe, model=BEST_MODEL) for recipe in (best_recipe, _best_early))
+    cases = [run("cifar10", "sat", seed) for run in (best, two, three) for seed in range(5)]
     cases += [case(base_recipe, "cifar10", "sat", seed, model=BASE_MODEL) for seed in range(5)]
     for seed in range(3):
-        cases += [best(name, "sat", seed) for name in ("agnews", "imdb", "yelp")]
+        cases += [run(name, "sat", seed) for run in (best, early) for name in ("agnews", "imdb", "yelp")]
         cases += [three(name, "sat", seed) for name in ("agnews", "yelp")]
         cases += [case(base_recipe, "agnews", "sat", seed, model=BASE_MODEL)]
         cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
@@ -274,6 +274,11 @@ def _case_with(
 def _best_with(each: int, run: RunConfig) -> dict:
     """The preset "best" with so many blocks of each row and column."""
     return best_recipe(run) | {"density": each / run.model.blocks}
+
+
+def _best_early(run: RunConfig) -> dict:
+    """The preset "best" with a transition at the end of the warm-up."""
+    return best_recipe(run) | {"switch_at": run.recipe.warm_up}
 
 
 def _average(run: RunConfig) -> dict:

@@ -41,6 +41,7 @@ TABLES = {
     "03_accuracy_short_table": ("accuracy_short", partial(figures.accuracy_table, published=False)),
     "04_step_time_table": ("step", figures.step_table),
     "06_ablations_table": ("ablations", ablation_figures.ablation_table),
+    "06_switch_table": ("ablations", ablation_figures.switch_table),
     "06_diagnosis_table": ("diagnosis", ablation_figures.diagnosis_table),
     "07_data_parallel_table": ("data_parallel", parallel_figures.steps_table),
     "07_data_parallel_runs": ("data_parallel", parallel_figures.runs_table),

@@ -85,6 +85,7 @@ STAGES = (
         "accurate on CIFAR-10.",
         2,
         "06_ablations_table",
+        "06_switch_table",
         "06_diagnosis_table",
         figures=("06_diagnosis",),
         experiments=("ablations", "diagnosis", "best"),

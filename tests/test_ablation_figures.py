@@ -60,9 +60,9 @@ def test_the_figure_draws_every_layout_by_accuracy_and_numbers_in_the_values(row
     assert len(drawn) == 10
     above = figure.subfigs[0].axes[0]
     assert [label.get_text() for label in above.get_yticklabels()] == ["correlation, learned", "attention, by row"]
-    assert [text.get_text() for text in figure.subfigs[0].axes[2].texts] == ["base", "best", "overfit", "gap"]
+    assert [text.get_text() for text in figure.subfigs[0].axes[2].texts] == ["base", "overfit", "best", "gap"]
     others = [label.get_text() for label in figure.subfigs[0].axes[3].get_yticklabels()]
-    assert others == ["base", "pruned zero", "rule overfit", "preset best"]
+    assert others == ["base", "pruned zero", "rule overfit", "best"]
 
 
 def test_the_table_has_the_best_of_a_group_first(rows):
@@ -72,6 +72,30 @@ def test_the_table_has_the_best_of_a_group_first(rows):
     assert list(layouts["key blocks used %"]) == ["100", "20"]
     assert table.loc[table["changed"] == "switch_at", "to"].item() == "2000"
     assert table.loc[table["changed"] == "dense", "switched at step"].item() == "-"
+
+
+def test_the_switch_table_sets_forced_steps_and_rules_against_the_best_step_and_looks_ahead():
+    evaluations = lambda *losses: [
+        {"step": 500 * place, "dev_loss": loss, "dev_accuracy": 0.5} for place, loss in enumerate(losses, 1)
+    ]
+    rows = pd.DataFrame(
+        [
+            row("layout", "correlation, learned", 0.45, at=1_000, history=evaluations(2.0, 1.75, 1.5)),
+            row("layout", "correlation, learned", 0.47, at=1_000, seed=1, history=evaluations(9.0, 9.0, 9.0)),
+            row("switch_at", 190, 0.40, at=190, history=evaluations(2.0, 1.5, 1.9)),
+            row("switch_at", 500, 0.42, at=500, history=evaluations(2.0, 1.5, 1.9)),
+            row("rule", "gap", 0.43, at=500, seed=1, history=evaluations(9.0, 10.0, 9.0)),
+            row("rule", "overfit", 0.44, at=None, history=evaluations(9.0, 9.0, 9.0)),
+            row("preset", "best", 0.50),
+        ]
+    )
+    table = ablation_figures.switch_table(rows).set_index("step or rule")
+    assert list(table.index) == ["190", "500", "1000", "gap", "overfit"]
+    assert list(table["test %"]) == ["40.00", "42.00", "46.00", "43.00", "44.00"]
+    assert list(table["less the best step"]) == ["-6.00", "-4.00", "-", "-3.00", "-2.00"]
+    assert list(table["switched at step"]) == ["190", "500", "1000", "500", "-"]
+    # 190: the evaluation at 1,000, where the base of its seed is still dense; 500: the same. A rule's too.
+    assert list(table["dev loss then"]) == ["-0.250", "-0.250", "-", "+1.000", "-"]
 
 
 def test_conclusions_part_what_gained_from_what_did_not(rows):
@@ -96,13 +120,16 @@ def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
     averaged = {"recipe": {"average": 120, "density": 1 / 64}, "model": {"block": 16}, "experiment": "best"}
     best = [row("", "", accuracy, seed=seed, **averaged) for seed, accuracy in enumerate((0.45, 0.47))]
     best += [row("", "", 0.43, experiment="best"), row("", "", 0.41, at=None, **averaged)]
-    best += [row("", "", 0.44, **averaged | {"recipe": {"average": 120, "density": 2 / 64}})]
+    two = {"average": 120, "density": 2 / 64}
+    best += [row("", "", 0.44, **averaged | {"recipe": two})]
+    best += [row("", "", 0.415, **averaged | {"recipe": two | {"switch_at": 80}})]
     others = [row("", "", 0.42), row("", "", 0.40, at=None), row("", "", 0.9, at=None, steps=9_999)]
     others = [line | {"experiment": "accuracy"} for line in others]
     frames = {"best": pd.DataFrame(best), "accuracy": pd.DataFrame(others), "accuracy_short": pd.DataFrame()}
     table = ablation_figures.best_table(frames).set_index("attention")
-    found = {"sat, best": "46.00", "sat, best, 2 a row": "44.00", "sat, base": "43.00", "sat, released": "42.00"}
-    assert dict(table["test %"]) == found | {"dense, averaged": "41.00", "dense": "40.00"}
+    found = {"sat, best": "46.00", "sat, best, 2 a row": "44.00", "sat, best, 2 a row, switched at 80": "41.50"}
+    found |= {"sat, base": "43.00", "sat, released": "42.00", "dense, averaged": "41.00", "dense": "40.00"}
+    assert dict(table["test %"]) == found
     assert list(table["test %"]) == sorted(table["test %"], reverse=True)
     assert table.loc["sat, released", "best gains"] == "+4.00"
     assert table.loc["sat, best", "best gains"] == "-"

@@ -228,6 +228,8 @@ def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_av
         assert seeds(task, preset="best") == wanted
     for task, kept, wanted in (("cifar10", 2, 5), ("cifar10", 3, 5), ("agnews", 3, 3), ("yelp", 3, 3)):
         assert seeds(task, preset="best", density=kept / 64) == wanted
+    for task in ("agnews", "imdb", "yelp"):
+        assert seeds(task, preset="best", switch_at=80) == 3
     base = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
     recipe = {"density": 1 / 32, "pattern_budget": "balanced", "pattern_heads": "own", "switch_rule": "overfit"}
     for task, wanted in {"cifar10": 5, "agnews": 3}.items():
@@ -237,7 +239,7 @@ def test_the_preset_best_is_run_beside_the_base_the_baselines_and_all_of_them_av
         assert seeds("agnews", attention) == 3
     for attention in ("dense", *baselines):
         assert seeds("cifar10", attention, average=400) == seeds("agnews", attention, average=40) == 3
-    assert len(cases) == 3 * 5 + 5 * 3 + 5 + 3 + 3 * 3 + 3 * 4 * 2
+    assert len(cases) == 3 * 5 + 8 * 3 + 5 + 3 + 3 * 3 + 3 * 4 * 2
     (smoke,) = best_cases("smoke")
     assert case_config(smoke).recipe.density == 1 / case_config(smoke).model.blocks
 
