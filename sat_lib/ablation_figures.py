@@ -1,6 +1,7 @@
 """Where SAT's accuracy comes from: figures and tables from rows of `ablations`, `diagnosis` and `best`."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,11 +22,27 @@ KINDS = {
     "at random": (("random",), "0.6"),
     "measured on the dense model": ((), PALETTE["bigbird"]),
 }
-BASE = "correlation, learned"
 OTHERS = ("pruned", "schedule", "rate_after", "average", "dropout", "density", "block", "mean_over", "rule", "theta",
           "delta", "preset")  # fmt: skip
-CENTRES = {"base": PALETTE["sat"], "best": PALETTE["lsg"]}
-AROUND_BEST = ("preset", "best, switch_at")
+
+
+class Centre(NamedTuple):
+    """Settings that others are changed from: their group and value, and the groups of other transitions."""
+
+    group: str
+    value: str
+    switches: tuple[str, ...]
+    colour: tuple
+
+    def of(self, lines: pd.DataFrame) -> pd.DataFrame:
+        """The lines with nothing changed."""
+        return lines[(lines["group"] == self.group) & (lines["value"] == self.value)]
+
+
+CENTRES = {
+    "base": Centre("layout", "correlation, learned", ("switch_at", "rule"), PALETTE["sat"]),
+    "best": Centre("preset", "best", ("best, switch_at",), PALETTE["lsg"]),
+}
 INITS = {"released": PALETTE["sat, dense phase"], "calibrated": PALETTE["sat"]}
 DIAGNOSES = {
     "mass_kept": "mass kept / best",
@@ -121,7 +138,7 @@ def _dots(axis: Axes, lines: pd.DataFrame, single: pd.DataFrame, colours: list) 
         axis.errorbar(line.percent, place, xerr=deviation, fmt="o", color=colour, markersize=4, linewidth=1)
         axis.plot(seeds, [place] * len(seeds), ".", color="black", markersize=2)
     axis.set(ylim=(len(lines) - 0.4, -0.6), xlabel="test accuracy (%)")
-    axis.locator_params(axis="x", nbins=4)
+    axis.locator_params(axis="x", nbins=3, integer=True)
     axis.grid(axis="y", color="0.93")
     sns.despine(ax=axis)
 
@@ -151,26 +168,18 @@ def _mass(axis: Axes, of_task: pd.DataFrame) -> None:
     sns.despine(ax=axis)
 
 
-def _base(of_task: pd.DataFrame) -> pd.DataFrame:
-    return of_task[(of_task["group"] == "layout") & (of_task["value"] == BASE)]
-
-
 def _switches(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """Around the base and around the preset "best": its name, the lines that were forced to switch, and the rules'."""
-    for name, centre, groups in (
-        ("base", ("layout", BASE), ("switch_at", "rule")),
-        ("best", ("preset", "best"), ("best, switch_at",)),
-    ):
-        moved = lines["group"].isin(groups)
+    """Each centre's name, its lines with a forced transition, and those with one by a rule."""
+    for name, centre in CENTRES.items():
+        moved = lines["group"].isin(centre.switches)
         by_rule = moved & lines["value"].map(lambda value: isinstance(value, str))
-        unmoved = (lines["group"] == centre[0]) & (lines["value"] == centre[1])
-        yield name, lines[unmoved | moved & ~by_rule], lines[by_rule]
+        yield name, pd.concat([centre.of(lines), lines[moved & ~by_rule]]), lines[by_rule]
 
 
 def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
     """The forced steps as lines, and the rules where they came."""
-    for (name, forced, rules), colour in zip(_switches(of_task), CENTRES.values(), strict=True):
-        lines = forced.sort_values("transition_step")
+    for name, forced, rules in _switches(of_task):
+        lines, colour = forced.sort_values("transition_step"), CENTRES[name].colour
         axis.errorbar(lines["transition_step"], lines["percent"], yerr=lines["deviation"], fmt="o-", color=colour,
                       markersize=3.5, linewidth=1)  # fmt: skip
         for line in lines[:1].itertuples():
@@ -178,7 +187,7 @@ def _switch(axis: Axes, of_task: pd.DataFrame) -> None:
         came = rules.dropna(subset="transition_step").sort_values("percent", ascending=False)
         for place, rule in enumerate(came.itertuples()):
             axis.plot(rule.transition_step, rule.percent, "D", color="black", markersize=4)
-            _label(axis, rule, rule.value, "black", left=place == 0)
+            _label(axis, rule, rule.value, "black", left=place == 0)  # two rules may come at the same step
     _dense_line(axis, of_task, axis.axhline)
     axis.set(xlabel="transition at step", ylabel="test accuracy (%)")
     axis.margins(x=0.1)
@@ -191,8 +200,8 @@ def _label(axis: Axes, line, text: str, colour, left: bool = False) -> None:
 
 
 def _others(axis: Axes, of_task: pd.DataFrame, single: pd.DataFrame) -> None:
-    lines = pd.concat([_base(of_task), of_task[of_task["group"].isin(OTHERS)]])
-    colours = {"layout": CENTRES["base"], "preset": CENTRES["best"]}
+    lines = pd.concat([CENTRES["base"].of(of_task), of_task[of_task["group"].isin(OTHERS)]])
+    colours = {centre.group: centre.colour for centre in CENTRES.values()}
     _dots(axis, lines, single, [colours.get(group, "0.3") for group in lines["group"]])
     names = ["base" if line.group == "layout" else _name(line.group, line.value) for line in lines.itertuples()]
     axis.set_yticks(range(len(lines)), names)
@@ -228,44 +237,50 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
 def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
     """When to switch: forced steps in their order, then the rules, around the base and around the preset "best".
 
-    "less the best step": its mean less that of the best forced step, with the standard error of the difference.
-    "dev loss then": see `_look_ahead`; below 0 a look ahead would switch.
+    "less the best step": its mean less that of the best forced step, with the standard error of the difference (which
+    takes no notice that the best of several was picked). "dev loss less dense": the mean of `look_ahead` over the runs.
     """
     lines = []
     for task, of_task in rows.groupby("task", sort=False):
         for name, forced, rules in _switches(of_task):
-            percent = 100 * forced.groupby("transition_step")["test_accuracy"].mean()
+            percent = forced.groupby("transition_step")["test_accuracy"].mean()
             if len(percent) < 2:
                 continue
-            most = 100 * forced.loc[forced["transition_step"] == percent.idxmax(), "test_accuracy"]
+            best = forced[forced["transition_step"] == percent.idxmax()]
+            dense = pd.concat([forced, of_task[of_task["group"] == "dense"]])
             parts = [(f"{step:.0f}", part) for step, part in forced.groupby("transition_step")]
             for label, part in [*parts, *rules.groupby("value", sort=False)]:
-                ours = 100 * part["test_accuracy"]
-                ahead = [loss for run in _each(part) if (loss := _look_ahead(run, forced)) is not None]
-                lines.append(
-                    {
-                        "task": TASK_NAMES.get(task, task),
-                        "of": name,
-                        "step or rule": label,
-                        "switched at step": switch_span(part),
-                        "runs": len(part),
-                        "test %": f"{ours.mean():.2f}",
-                        "deviation": f"{ours.std(ddof=1):.2f}" if len(part) > 1 else "-",
-                        "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
-                        "dev loss then": f"{np.mean(ahead):+.3f}" if ahead else "-",
-                    }
-                )
+                place = {"task": TASK_NAMES.get(task, task), "of": name, "step or rule": label}
+                lines.append(place | _switch_line(part, best, dense))
     return pd.DataFrame(lines)
 
 
-def _look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
-    """A run's dev loss at its first evaluation that is at least one of their distances after the switch, less the mean
-    of those runs of its seed that are still dense there; None where there are none."""
+def _switch_line(part: pd.DataFrame, best: pd.DataFrame, dense: pd.DataFrame) -> dict:
+    ours, most = 100 * part["test_accuracy"], 100 * best["test_accuracy"]
+    ahead = [loss for run in _each(part) if (loss := look_ahead(run, dense)) is not None]
+    return {
+        "switched at step": switch_span(part),
+        "runs": len(part),
+        "test %": f"{ours.mean():.2f}",
+        "deviation": f"{ours.std(ddof=1):.2f}" if len(part) > 1 else "-",
+        "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
+        "dev loss less dense": f"{np.mean(ahead):+.3f}" if ahead else "-",
+    }
+
+
+def look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
+    """A run's dev loss soon after its switch, less the mean of those others of its seed that are still dense then.
+
+    Soon: at the first evaluation at least one interval after it. None where the run didn't switch, or no other is dense
+    then. A run with an average of the weights is evaluated with it, one that is dense without.
+    """
     losses, at = _dev_losses(run), run["transition_step"]
-    steps = [step for step in sorted(losses) if step >= at + min(losses)]
-    same = (others["seed"] == run["seed"]) & (others["transition_step"] >= (steps or [np.inf])[0])
-    dense = [_dev_losses(other)[steps[0]] for other in _each(others[same])]
-    return losses[steps[0]] - float(np.mean(dense)) if dense else None
+    then = next((step for step in sorted(losses) if step >= at + min(losses)), None)
+    if then is None:
+        return None
+    still = (others["seed"] == run["seed"]) & (others["transition_step"].fillna(np.inf) >= then)
+    dense = [_dev_losses(other)[then] for other in _each(others[still])]
+    return losses[then] - float(np.mean(dense)) if dense else None
 
 
 def _dev_losses(run: pd.Series) -> dict[int, float]:
@@ -273,31 +288,31 @@ def _dev_losses(run: pd.Series) -> dict[int, float]:
 
 
 def conclusions(rows: pd.DataFrame) -> list[str]:
-    """Sentences on each task, of the base and of the preset "best": what gained over it and what didn't help."""
+    """Sentences on each task: the base and what is above and below it, and likewise the preset "best"."""
     found = []
     for task, of_task in rows.groupby("task", sort=False):
-        of_best = of_task["group"].isin(AROUND_BEST)
-        centres = {"the base": (of_task[~of_best], BASE), 'the preset "best"': (of_task[of_best], "best")}
-        for name, (around, centre) in centres.items():
-            found += _around(TASK_NAMES.get(task, task), name, around, centre)
+        best = CENTRES["best"]
+        of_best = of_task["group"].isin([best.group, *best.switches])
+        for name, around in (("base", of_task[~of_best]), ("best", of_task[of_best])):
+            found += _around(TASK_NAMES.get(task, task), name, around)
     return found
 
 
-def _around(task: str, name: str, rows: pd.DataFrame, centre: str) -> list[str]:
+def _around(task: str, name: str, rows: pd.DataFrame) -> list[str]:
     percent = lambda part: 100 * part["test_accuracy"]
-    of_centre = percent(rows[rows["value"] == centre])
-    if of_centre.empty:
+    centre = CENTRES[name].of(rows)
+    if centre.empty:
         return []
-    parts = rows[rows["value"] != centre].groupby(["group", "value"], sort=False)
-    gains = {_name(*key): gap(percent(part), of_centre) for key, part in parts}
+    parts = rows.drop(index=centre.index).groupby(["group", "value"], sort=False)
+    gains = {_name(*key): gap(percent(part), percent(centre)) for key, part in parts}
     order = sorted(gains, key=lambda changed: -gains[changed].difference)
-    better = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference > 0]
-    worse = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference <= 0]
-    runs = f"{len(of_centre)} {'run' if len(of_centre) == 1 else 'runs'}"
+    above = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference > 0]
+    below = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference <= 0]
+    runs = f"{len(centre)} {'run' if len(centre) == 1 else 'runs'}"
     return [
-        f"{task}: {of_centre.mean():.2f} % with {name} ({runs}).",
-        f"Above it: {'; '.join(better) or 'nothing'}.",
-        f"Didn't help: {'; '.join(worse) or 'nothing'}.",
+        f'{task}: {percent(centre).mean():.2f} % with "{name}" ({runs}).',
+        f"Above it: {'; '.join(above) or 'nothing'}.",
+        f"Below it: {'; '.join(below) or 'nothing'}.",
     ]
 
 

@@ -188,9 +188,11 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
         block, each, recipe = BLOCKS[value]
         kept, model = _kept(block, each, base)
         return recipe | kept, model
-    if group in ("preset", "best, switch_at"):
-        at = {"switch_at": None if value == "gap" else value}
-        blocks, recipe = PRESETS[value] if group == "preset" else (None, at)
+    if group == "best, switch_at":
+        recipe, model = _changes("preset", "best", base)
+        return recipe | {"switch_at": None if value == "gap" else value}, model
+    if group == "preset":
+        blocks, recipe = PRESETS[value]
         best = best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
         kept, model = _kept(*blocks, base) if blocks else ({}, {})
         return best | kept | recipe, BEST_MODEL | model

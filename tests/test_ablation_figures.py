@@ -86,6 +86,7 @@ def test_the_switch_table_sets_forced_steps_and_rules_against_the_best_step_and_
             row("switch_at", 500, 0.42, at=500, history=evaluations(2.0, 1.5, 1.9)),
             row("rule", "gap", 0.43, at=500, seed=1, history=evaluations(9.0, 10.0, 9.0)),
             row("rule", "overfit", 0.44, at=None, history=evaluations(9.0, 9.0, 9.0)),
+            row("dense", "dense", 0.41, at=None, history=evaluations(2.0, 1.75, 1.25)),
             row("preset", "best", 0.50),
         ]
     )
@@ -94,19 +95,20 @@ def test_the_switch_table_sets_forced_steps_and_rules_against_the_best_step_and_
     assert list(table["test %"]) == ["40.00", "42.00", "46.00", "43.00", "44.00"]
     assert list(table["less the best step"]) == ["-6.00", "-4.00", "-", "-3.00", "-2.00"]
     assert list(table["switched at step"]) == ["190", "500", "1000", "500", "-"]
-    # 190: the evaluation at 1,000, where the base of its seed is still dense; 500: the same. A rule's too.
-    assert list(table["dev loss then"]) == ["-0.250", "-0.250", "-", "+1.000", "-"]
+    # 190 and 500 are compared at step 1,000, with two that are still dense there; 1,000 at 1,500, with one (seed 0);
+    # the rule "gap" at 1,000, with the base of its seed. "overfit" never switched.
+    assert list(table["dev loss less dense"]) == ["-0.250", "-0.250", "+0.250", "+1.000", "-"]
 
 
 def test_conclusions_part_what_gained_from_what_did_not(rows):
     base, better, worse, *best = ablation_figures.conclusions(rows)[:6]
-    assert base == "CIFAR-10: 46.00 % with the base (2 runs)."
+    assert base == 'CIFAR-10: 46.00 % with "base" (2 runs).'
     assert better == "Above it: switch_at 2000 +2.00."
-    assert worse == "Didn't help: pruned zero -2.00; rule overfit -3.00; attention, by row -5.00; dense -6.00."
+    assert worse == "Below it: pruned zero -2.00; rule overfit -3.00; attention, by row -5.00; dense -6.00."
     assert best == [
-        'CIFAR-10: 49.00 % with the preset "best" (1 run).',
+        'CIFAR-10: 49.00 % with "best" (1 run).',
         "Above it: nothing.",
-        "Didn't help: best, switch_at gap -2.00; best, switch_at 500 -3.00.",
+        "Below it: best, switch_at gap -2.00; best, switch_at 500 -3.00.",
     ]
 
 

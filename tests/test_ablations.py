@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_splits
@@ -11,6 +12,7 @@ from torch import nn
 
 from sat_lib import ablations
 from sat_lib.ablations import LAYOUTS, PRESETS, ablation_cases, best_cases, diagnosis_cases, layout_figures
+from sat_lib.model import Encoder
 from sat_lib.pattern import diagnose
 from sat_lib.recipes import RunConfig, run_config
 from sat_lib.reference import pool_blocks
@@ -201,6 +203,17 @@ def test_a_value_of_the_preset_takes_back_what_it_names(name):
     whole, taken = (cases["preset", value].as_dict() for value in ("best", name))
     whole, taken = ({**config["model"], **config["recipe"]} for config in (whole, taken))
     assert {field: value for field, value in taken.items() if value != whole[field]} == TAKEN_BACK[name]
+
+
+def test_with_all_blocks_the_preset_is_dense_attention():
+    made = Trainer(tiny_config(preset="best", density=1.0, switch_at=1), tiny_splits(), CPU)
+    for _ in range(2):
+        made.train_step()
+    assert made.phase == "sparse" and made.maps["kept"].all()
+    dense = Encoder(made.config.model)
+    dense.load_state_dict(made.model.state_dict())
+    tokens = torch.as_tensor(tiny_splits().dev.batch(np.arange(4))[0]).long()
+    torch.testing.assert_close(made.model.eval()(tokens).logits, dense.eval()(tokens).logits)
 
 
 @pytest.mark.parametrize("task", ["cifar10", "agnews"])
