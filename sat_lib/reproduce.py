@@ -60,7 +60,7 @@ STAGES = (
         "03_accuracy",
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
-        4,
+        5,
         "03_accuracy_table",
     ),
     _figure(
@@ -83,7 +83,7 @@ STAGES = (
         "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. One "
         "seed of small runs tells no layouts apart; at the paper's scale those that hold most attention are the least "
         "accurate on CIFAR-10.",
-        2,
+        3,
         "06_ablations_table",
         "06_switch_table",
         "06_diagnosis_table",
