@@ -260,12 +260,16 @@ def _switch_line(part: pd.DataFrame, best: pd.DataFrame, dense: pd.DataFrame) ->
     ahead = [loss for run in _each(part) if (loss := look_ahead(run, dense)) is not None]
     return {
         "switched at step": switch_span(part),
-        "runs": len(part),
-        "test %": f"{ours.mean():.2f}",
-        "deviation": f"{ours.std(ddof=1):.2f}" if len(part) > 1 else "-",
+        **_accuracy(ours),
         "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
         "dev loss less dense": f"{np.mean(ahead):+.3f}" if ahead else "-",
     }
+
+
+def _accuracy(percent: pd.Series) -> dict:
+    """The part of a document's line that tells of some runs' test accuracies."""
+    deviation = f"{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
+    return {"runs": len(percent), "test %": f"{percent.mean():.2f}", "deviation": deviation}
 
 
 def look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
@@ -357,9 +361,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
                     "task": TASK_NAMES.get(task, task),
                     "steps": steps,
                     "attention": method,
-                    "runs": len(part),
-                    "test %": f"{part['percent'].mean():.2f}",
-                    "deviation": f"{part['percent'].std(ddof=1):.2f}" if len(part) > 1 else "-",
+                    **_accuracy(part["percent"]),
                     "best gains": "-" if method == "sat, best" or gain is None else gain.numbers,
                     "switched at step": switch_span(part),
                     "step ms": "-" if fast.empty else f"{fast.median():.2f}",
