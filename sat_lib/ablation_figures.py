@@ -382,10 +382,12 @@ def _method(row: pd.Series) -> str:
     if not averaged:
         return "sat, base" if row["experiment"] == "best" else "sat, released"
     config = case_config(row)
-    recipe, name = config.recipe, "sat, best"
-    if recipe.density != best_recipe(config)["density"]:
+    recipe, best, name = config.recipe, best_recipe(config), "sat, best"
+    if recipe.density != best["density"]:
         name += f", {recipe.density * config.model.blocks:.0f} a row"
-    return name + (f", switched at {recipe.switch_at}" if recipe.switch_at is not None else "")
+    if recipe.switch_at != best.get("switch_at"):
+        name += ", switched by its rule" if recipe.switch_at is None else f", switched at {recipe.switch_at}"
+    return name
 
 
 # ---- 06: diagnosis ---------------------------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
     if group == "preset":
         blocks, recipe = PRESETS[value]
         best = best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
+        best.pop("switch_at", None)  # forced where the base is
         kept, model = _kept(*blocks, base) if blocks else ({}, {})
         return best | kept | recipe, BEST_MODEL | model
     if group in ("theta", "delta"):
@@ -244,24 +245,30 @@ def layout_figures(maps: dict) -> dict[str, float]:
 def best_cases(profile: str) -> list[dict]:
     """The preset "best": CIFAR-10 in the published number of steps, five seeds; text sets in short runs, three seeds.
 
-    Beside it the same with more blocks a row, and on text switched as soon as the warm-up is over; the base; the
-    baselines on AG News; and what the average of the weights does for all the others.
+    Beside it the same with more blocks a row and with other transitions, on text with that by its rule; the base; and
+    what the average of the weights does for all the others.
     """
-    case = partial(_case_with, profile=profile)
     if profile == "smoke":
-        return [case(best_recipe, "digits16", "sat", 0, model=_small("digits16", profile) | BEST_MODEL)]
-    two, three = (partial(case, partial(_best_with, each), model=BEST_MODEL) for each in (2, 3))
-    best, early = (partial(case, recipe, model=BEST_MODEL) for recipe in (best_recipe, _best_early))
+        return [_case_with(best_recipe, "digits16", "sat", 0, profile, _small("digits16", profile) | BEST_MODEL)]
+    case = partial(_case_with, profile=profile)
+    best, two, three, later, late, by_rule, three_by_rule = (
+        partial(case, partial(_best_but, **changes), model=BEST_MODEL)
+        for changes in ({}, {"each": 2}, {"each": 3}, {"switch_at": 2_000}, {"switch_at": 4_000}, _BY_RULE,
+                        {"each": 3} | _BY_RULE)
+    )  # fmt: skip
     cases = [run("cifar10", "sat", seed) for run in (best, two, three) for seed in range(5)]
     cases += [case(base_recipe, "cifar10", "sat", seed, model=BASE_MODEL) for seed in range(5)]
     for seed in range(3):
-        cases += [run(name, "sat", seed) for run in (best, early) for name in ("agnews", "imdb", "yelp")]
-        cases += [three(name, "sat", seed) for name in ("agnews", "yelp")]
+        cases += [run("cifar10", "sat", seed) for run in (later, late)]
+        cases += [run(name, "sat", seed) for run in (by_rule, best) for name in ("agnews", "imdb", "yelp")]
+        cases += [three_by_rule(name, "sat", seed) for name in ("agnews", "yelp")]
         cases += [case(base_recipe, "agnews", "sat", seed, model=BASE_MODEL)]
-        cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
         for name in ("cifar10", "agnews"):
             cases += [case(_average, name, attention, seed) for attention in ("dense", *BASELINES)]
     return cases
+
+
+_BY_RULE = {"switch_at": None}
 
 
 def _case_with(
@@ -273,14 +280,10 @@ def _case_with(
     return run_case(name, attention, seed, profile, **recipe(run), **changes)
 
 
-def _best_with(each: int, run: RunConfig) -> dict:
-    """The preset "best" with so many blocks of each row and column."""
-    return best_recipe(run) | {"density": each / run.model.blocks}
-
-
-def _best_early(run: RunConfig) -> dict:
-    """The preset "best" with a transition at the end of the warm-up."""
-    return best_recipe(run) | {"switch_at": run.recipe.warm_up}
+def _best_but(run: RunConfig, each: int = 1, **changes) -> dict:
+    """The preset "best" with so many blocks of each row and column, and with changes; None takes one back."""
+    recipe = best_recipe(run) | {"density": each / run.model.blocks} | changes
+    return {name: value for name, value in recipe.items() if value is not None}
 
 
 def _average(run: RunConfig) -> dict:

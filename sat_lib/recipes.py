@@ -165,18 +165,19 @@ BEST_MODEL = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "co
 def best_recipe(run: RunConfig) -> dict:
     """What the preset "best" changes of the recipe of a run, by its task's kind, its block rows and its steps.
 
-    Every head keeps one block of each row and column; the switch comes when the dense phase begins to learn by
-    heart; from then on the rate is constant, as published: at the peak for images, at half of it for others; and the
-    weights are averaged.
+    Every head keeps one block of each row and column. On images the switch comes when the dense phase begins to learn
+    by heart, on others as soon as the warm-up is over. From then on the rate is constant, as published: at the peak for
+    images, at half of it for others; and the weights are averaged.
     """
+    image = task(run.recipe.task).kind == "image"
     return {
         "density": 1 / run.model.blocks,
         "pattern_budget": "balanced",
         "pattern_heads": "own",
         "switch_rule": "gap",
-        "rate_after": 1.0 if task(run.recipe.task).kind == "image" else 0.5,
+        "rate_after": 1.0 if image else 0.5,
         "average": averaged_steps(run.recipe.steps),
-    }
+    } | ({} if image else {"switch_at": run.recipe.warm_up})
 
 
 def averaged_steps(steps: int) -> int:

@@ -547,16 +547,22 @@ def test_configurations_are_checked_and_survive_json():
 
 def test_the_preset_best_is_what_the_ablations_led_to():
     model = {"block": 16, "sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
-    cases = (("cifar10", {}, 64, 400, 1.0), ("digits16", {"steps": 300}, 16, 12, 1.0), ("yelp", {}, 64, 1_200, 0.5))
-    for task, changes, blocks, average, rate in cases:
+    cases = (
+        ("cifar10", {}, 64, 400, 1.0, None),
+        ("digits16", {"steps": 300}, 16, 12, 1.0, None),
+        ("yelp", {}, 64, 1_200, 0.5, 80),
+        ("agnews", {"warm_up": 60}, 64, 1_200, 0.5, 60),
+    )
+    for task, changes, blocks, average, rate, at in cases:
         recipe = {
             "density": 1 / blocks, "pattern": "learned", "pattern_budget": "balanced", "pattern_heads": "own",
-            "switch_rule": "gap", "switch_at": None, "schedule_after": "constant", "rate_after": rate,
+            "switch_rule": "gap", "switch_at": at, "schedule_after": "constant", "rate_after": rate,
             "average": average, "pattern_refresh": None,
         }  # fmt: skip
         made = run_config(task, "sat", "best", **changes)
         assert made == run_config(task, "sat", model=model, **recipe, **changes)
         assert made.model.blocks == blocks
+    assert run_config("agnews", "sat", "best", switch_at=None).recipe.switch_at is None
     assert run_config("digits16", "sat", "best", model={"block": 256}).recipe.density == 1
     assert run_config("digits16", "sat", "best", steps=20, warm_up=2).recipe.average == 1
     changed = run_config("cifar10", "sat", "best", model={"pruned": "zero"}, density=0.25, schedule_after="continued")
