@@ -137,7 +137,7 @@ def run_config(
     Args:
         attention: name in `attention.ATTENTION`.
         preset: "released"; "continued", in which the schedule goes on after the transition; or "best", see
-            `BEST_MODEL` and `best_recipe`.
+            `BEST_MODEL` and `best_recipe`; a `switch_rule` among the changes takes the place of its forced transition.
         model: changes to the model's fields; `changes`: to the recipe's fields (seed, steps, ...).
 
     Raises:
@@ -154,7 +154,12 @@ def run_config(
         require(attention == "sat", f"preset: 'best' is for the attention 'sat'; got {attention!r}")
         model = BEST_MODEL | (model or {})
     run = RunConfig(model_config(task_name, attention=attention, **(model or {})), replace(base, **changes))
-    return replace(run, recipe=replace(run.recipe, **best_recipe(run) | changes)) if preset == "best" else run
+    if preset != "best":
+        return run
+    best = best_recipe(run)
+    if "switch_rule" in changes:
+        best.pop("switch_at", None)  # the rule that is asked for decides
+    return replace(run, recipe=replace(run.recipe, **best | changes))
 
 
 # The preset "best", which the ablations led to: blocks are smaller, W^P learns which of them go together by their
@@ -166,8 +171,9 @@ def best_recipe(run: RunConfig) -> dict:
     """What the preset "best" changes of the recipe of a run, by its task's kind, its block rows and its steps.
 
     Every head keeps one block of each row and column. On images the switch comes when the dense phase begins to learn
-    by heart, on others as soon as the warm-up is over. From then on the rate is constant, as published: at the peak for
-    images, at half of it for others; and the weights are averaged.
+    by heart, by the rule "gap"; on others, of which text was measured, as soon as the warm-up is over, and by that rule
+    only where `switch_at` is taken back. From then on the rate is constant, as published: at the peak for images, at
+    half of it for others; and the weights are averaged.
     """
     image = task(run.recipe.task).kind == "image"
     return {

@@ -227,7 +227,7 @@ def test_the_preset_is_also_forced_to_switch_at_other_steps_and_left_to_its_rule
     assert len(moved) == 4
 
 
-def test_the_preset_best_is_run_beside_other_transitions_the_base_and_attentions_that_are_averaged():
+def test_the_preset_best_is_run_beside_other_transitions_the_base_the_baselines_and_all_of_them_averaged():
     cases, configs = best_cases("paper"), list(map(case_config, best_cases("paper")))
     assert {case["recipe"].get("steps") for case in cases if case["task"] == "cifar10"} == {None}
     assert {case["recipe"]["steps"] for case in cases if case["task"] != "cifar10"} == {1_000}
@@ -248,9 +248,12 @@ def test_the_preset_best_is_run_beside_other_transitions_the_base_and_attentions
     recipe = {"density": 1 / 32, "pattern_budget": "balanced", "pattern_heads": "own", "switch_rule": "overfit"}
     for task, wanted in {"cifar10": 5, "agnews": 3}.items():
         assert seeds(task, preset="continued", model=base, **recipe) == wanted
-    for attention in ("dense", "longformer", "bigbird", "lsg"):
+    baselines = ("longformer", "bigbird", "lsg")
+    for attention in baselines:
+        assert seeds("agnews", attention) == 3
+    for attention in ("dense", *baselines):
         assert seeds("cifar10", attention, average=400) == seeds("agnews", attention, average=40) == 3
-    assert len(cases) == 3 * 5 + 2 * 3 + 8 * 3 + 5 + 3 + 3 * 4 * 2
+    assert len(cases) == 3 * 5 + 2 * 3 + 8 * 3 + 5 + 3 + 3 * 3 + 3 * 4 * 2
     (smoke,) = best_cases("smoke")
     assert case_config(smoke).recipe.density == 1 / case_config(smoke).model.blocks
 

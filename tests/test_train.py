@@ -552,6 +552,7 @@ def test_the_preset_best_is_what_the_ablations_led_to():
         ("digits16", {"steps": 300}, 16, 12, 1.0, None),
         ("yelp", {}, 64, 1_200, 0.5, 80),
         ("agnews", {"warm_up": 60}, 64, 1_200, 0.5, 60),
+        ("listops", {}, 125, 200, 0.5, 500),
     )
     for task, changes, blocks, average, rate, at in cases:
         recipe = {
@@ -562,7 +563,10 @@ def test_the_preset_best_is_what_the_ablations_led_to():
         made = run_config(task, "sat", "best", **changes)
         assert made == run_config(task, "sat", model=model, **recipe, **changes)
         assert made.model.blocks == blocks
-    assert run_config("agnews", "sat", "best", switch_at=None).recipe.switch_at is None
+    for changes in ({"switch_at": None}, {"switch_rule": "gap"}, {"switch_rule": "overfit"}):
+        made = run_config("agnews", "sat", "best", **changes).recipe
+        assert (made.switch_at, made.switch_rule) == (None, changes.get("switch_rule", "gap"))
+    assert run_config("agnews", "sat", "best", switch_rule="overfit", switch_at=9).recipe.switch_at == 9
     assert run_config("digits16", "sat", "best", model={"block": 256}).recipe.density == 1
     assert run_config("digits16", "sat", "best", steps=20, warm_up=2).recipe.average == 1
     changed = run_config("cifar10", "sat", "best", model={"pruned": "zero"}, density=0.25, schedule_after="continued")
