@@ -249,9 +249,9 @@ def best_cases(profile: str) -> list[dict]:
     baselines on AG News, which `accuracy_short` has too: two runs of a seed tell how far apart they come; and what the
     average of the weights does for all the others.
     """
-    if profile == "smoke":
-        return [_case_with(best_recipe, "digits16", "sat", 0, profile, _small("digits16", profile) | BEST_MODEL)]
     case = partial(_case_with, profile=profile)
+    if profile == "smoke":
+        return [case(best_recipe, "digits16", "sat", 0, model=_small("digits16", profile) | BEST_MODEL)]
     best = lambda name, seed, **changes: case(partial(_best_but, **changes), name, "sat", seed, model=BEST_MODEL)
     base = lambda name, seed: case(base_recipe, name, "sat", seed, model=BASE_MODEL)
     cases = [best("cifar10", seed, each=each) for each in (1, 2, 3) for seed in range(5)]
