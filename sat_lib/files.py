@@ -4,13 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, require
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: notebooks, data, figures, runs lie here
 
@@ -109,20 +109,26 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 
 def source_files(*modules: str) -> list[Path]:
-    """The package's source files that the named modules (`"train"`, ...) are made of, imports followed."""
-    package, found, queue = Path(__file__).parent, set(), list(modules)
-    while queue:
-        path = package / f"{queue.pop()}.py"
-        if path in found:
-            continue
-        if not path.exists():
-            raise InputError(f"sat_lib has no module {path.stem!r}")
-        found.add(path)
-        text = path.read_text()
-        for line in re.findall(r"^\s*from \. import ([\w, ]+)", text, re.MULTILINE):
-            queue += [name.split()[0] for name in line.split(",") if (package / f"{name.split()[0]}.py").exists()]
-        queue += re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)
-    return sorted(found)
+    """The package's source files that the named modules (`"train"`, ...) are made of, imports followed.
+
+    Raises:
+        InputError: the package has no such module.
+    """
+    graph, package = _import_graph(), Path(__file__).parent
+    found = set()
+    for module in modules:
+        name = f"{package.name}.{module}"
+        require(name in graph.modules, f"{package.name} has no module {module!r}")
+        found |= {name} | graph.find_upstream_modules(name)
+    return sorted(package / f"{name.split('.')[1]}.py" for name in found)
+
+
+@cache
+def _import_graph():
+    """Which module of the package imports which, at its top or inside a function."""
+    import grimp
+
+    return grimp.build_graph(Path(__file__).parent.name, cache_dir=None)
 
 
 def source_digest(*modules: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import files
 from .errors import InputError, require
 
-NOT_A_PART = {"__main__", "reproduce", "stages", "notebook_run"}  # they run the notebooks and give them nothing
+NOT_A_PART = {"__init__", "__main__", "reproduce", "stages", "notebook_run"}  # they run the notebooks and give them nothing
 LAST_RUN = {"running": "was cut off", "failed": "failed", "changed": "was overtaken by a change of its sources"}
 
 

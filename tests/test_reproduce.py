@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -251,6 +252,37 @@ def test_unknown_names_are_refused(tmp_path):
 
 
 # ---- what counts as a run --------------------------------------------------------------------------------------------
+
+
+LOADED = """
+import json, os, sys
+import matplotlib, pandas, scipy, seaborn, torch
+for name, imports in json.loads(sys.stdin.read()).items():
+    if os.fork() == 0:
+        exec(imports)
+        of_package = [module for key, module in sys.modules.items() if key.split(".")[0] == "sat_lib"]
+        print(json.dumps([name, [module.__file__ for module in of_package]]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@linux
+def test_a_stage_is_made_of_every_module_that_its_imports_load():
+    """Seen by loading them, whatever form an import has; an edit to any of these files makes the stage stale."""
+    imports = {}
+    for stage in reproduce.STAGES:
+        path = files.ROOT / "notebooks" / f"{stage.name}.ipynb"
+        lines = [x for cell in json.loads(path.read_text())["cells"] for x in "".join(cell["source"]).splitlines()]
+        imports[stage.name] = "\n".join(line for line in lines if re.match(r"(from|import) sat_lib\b", line))
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, input=json.dumps(imports), stdout=subprocess.PIPE, text=True, cwd=files.ROOT)
+    loaded = dict(map(json.loads, done.stdout.splitlines()))
+    assert loaded.keys() == imports.keys()
+    for stage in reproduce.STAGES:
+        paths = {str(Path(name).relative_to(files.ROOT)) for name in loaded[stage.name]}
+        missing = paths - {"sat_lib/__init__.py"} - stage_key(stage, Place(files.ROOT, "smoke"))["sources"].keys()
+        assert len(paths) > 10 and not missing, stage.name
 
 
 def test_runs_that_do_not_count(tmp_path, capsys):
