@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import files
-from .errors import InputError
+from .common import files
+from .common.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,8 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_list(options) -> int:
-    from . import datasets, sentence_pairs
+    from . import datasets
+    from .datasets import pairs as sentence_pairs
 
     for row in [*datasets.describe(), sentence_pairs.describe()]:
         splits = ", ".join(f"{name} {count:,}" for name, count in (row["splits"] or {}).items())
@@ -60,7 +61,8 @@ def _data_list(options) -> int:
 
 
 def _data_prepare(options) -> int:
-    from . import datasets, sentence_pairs
+    from . import datasets
+    from .datasets import pairs as sentence_pairs
 
     if options.task == "mrpc":
         folder = sentence_pairs.prepare_mrpc(options.source)
@@ -90,22 +92,25 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options) -> int:
-    from . import datasets, distributed, runs, timing
-    from .recipes import run_config
+    from . import datasets
+    from .common import distributed, files
+    from .common.device import device_name, pick_device
+    from .training.fit import NonFiniteLoss, fit
+    from .training.recipe import run_config
 
     config = run_config(
         options.task, options.attention, options.preset, model=_settings(options.model), **_settings(options.set)
     )
     folder = options.folder or files.ROOT / "runs" / "train" / config.name
-    with distributed.joined(timing.pick_device(options.device)) as device:
+    with distributed.joined(pick_device(options.device)) as device:
         first = distributed.rank() == 0
         data = distributed.first_alone(lambda: datasets.load(options.task, protocol=config.recipe.protocol))
         if first:
-            where = f"{distributed.size()} x {timing.device_name(device)}"
+            where = f"{distributed.size()} x {device_name(device)}"
             print(f"{config.name} on {where}: {len(data.train):,} training examples, in {folder}")
         try:
-            result = runs.fit(config, data, folder, device, step=options.step)
-        except runs.NonFiniteLoss as error:
+            result = fit(config, data, folder, device, step=options.step)
+        except NonFiniteLoss as error:
             print(f"sat_lib: {error}", file=sys.stderr)
             return 3
         return _tell(result) if first else 0
@@ -153,7 +158,7 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(options) -> int:
-    from .sweep import Launch, sweep
+    from .experiments.sweep import Launch, sweep
 
     launch = Launch(
         options.cluster, options.processes, options.parallel, _settings(options.slurm), wait=not options.no_wait
@@ -173,12 +178,14 @@ def _pretrain_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(options) -> int:
-    from . import pretraining, timing
+    from .common import files
+    from .common.device import device_name, pick_device
+    from .pretrained import cifar_vit
 
-    settings, device = pretraining.Pretraining(**_settings(options.set)), timing.pick_device(options.device)
+    settings, device = cifar_vit.Pretraining(**_settings(options.set)), pick_device(options.device)
     work = files.ROOT / "runs" / "pretrain" / options.folder.name
-    print(f"{settings} on {timing.device_name(device)}, in {work}")
-    result = pretraining.pretrain(settings, options.folder, work, device)
+    print(f"{settings} on {device_name(device)}, in {work}")
+    result = cifar_vit.pretrain(settings, options.folder, work, device)
     print(f"test accuracy {result['test_accuracy']:.2%}; written to {options.folder}")
     return 0
 
@@ -195,16 +202,19 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options) -> int:
-    from . import distributed, experiments, timing
+    from . import experiments
+    from .common import distributed
+    from .common.device import pick_device
+    from .experiments.row_files import table
 
-    with distributed.joined(timing.pick_device(options.device)) as device:
+    with distributed.joined(pick_device(options.device)) as device:
         first, only = distributed.rank() == 0, _settings(options.only)
         frame = experiments.rows(options.experiment, options.profile, device=str(device), only=only, report=first)
         if not first:
             return 0
     if options.experiment == "kernels":
         return _print_kernels(frame, options)
-    print(experiments.table(frame))
+    print(table(frame))
     if options.experiment == "attention":
         times = frame.set_index("kind")["forward_backward_ms"]
         ratio = times["dense"] / times["sat"]
@@ -214,11 +224,12 @@ def _bench(options) -> int:
 
 def _print_kernels(frame, options) -> int:
     """The kernels' times beside their floors and their peers, the floors from the measured copy."""
-    from . import experiments, figures
+    from . import experiments
+    from .figures import speed
 
     copy = experiments.rows("kernels", options.profile, device=options.device, only={"sweep": "copy"}, report=True)
     bandwidth = copy["bandwidth_tb_s"][0]
-    lines = figures.kernel_summary(frame, bandwidth).dropna(axis=1, how="all")
+    lines = speed.kernel_summary(frame, bandwidth).dropna(axis=1, how="all")
     print(lines.to_string(index=False, na_rep="-", float_format="%.3g"))
     print(f"copy on {copy['device'][0]}: {bandwidth:.3g} TB/s, read and written; floors are bytes at that bandwidth")
     print("sdpa, flex: how many times as long they take as this line, forward + backward; flex at its best block size")
@@ -240,7 +251,7 @@ def _reproduce_options(parser: argparse.ArgumentParser) -> None:
 
 def _reproduce(options) -> int:
     if options.figures_only:
-        from .paper import draw_committed
+        from .experiments.committed import draw_committed
 
         return draw_committed()
     from .reproduce import run

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sat_lib.layout import BlockLayout
+from sat_lib.attention.layout import BlockLayout
 
 
 def definition(q, k, v, layout, mask=None, pruned="zero", window=None):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sat_lib.datasets import Split, Splits
-from sat_lib.recipes import RunConfig, run_config
-from sat_lib.tasks import task
+from sat_lib.datasets.cache import Split, Splits
+from sat_lib.datasets.tasks import task
+from sat_lib.training.recipe import RunConfig, run_config
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sat_lib import files, timing
+from sat_lib.common import device as timing
+from sat_lib.common import files
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from attention_cases import inputs, layouts, padding_mask, with_gradients
 
-from sat_lib.layer_ops import HIDDEN, WIDTH, after_attention, before_attention, embedding
-from sat_lib.ops import attention_statistics, block_sparse_attention, sddmm, sparse_softmax, spmm
+from sat_lib.attention.ops import attention_statistics, block_sparse_attention, sddmm, sparse_softmax, spmm
+from sat_lib.model.fused import HIDDEN, WIDTH, after_attention, before_attention, embedding
 
 
 def main() -> None:

@@ -1,66 +1,57 @@
-"""Imports inside sat_lib point downward only; modules of one level don't import one another."""
+"""The rooms of sat_lib import downward only, as the contract in pyproject.toml says; importing the package is cheap."""
 
-import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "sat_lib"
-LEVELS = {
-    "errors": 0,
-    **dict.fromkeys(("files", "layout", "map_metrics", "distributed", "captured"), 1),
-    **dict.fromkeys(("timing", "corpora", "downloads", "extension", "reference", "pattern", "weights"), 2),
-    **dict.fromkeys(("embedded", "tasks", "ops", "layer_ops", "gathered", "transition"), 3),
-    **dict.fromkeys(("baselines", "datasets"), 4),
-    **dict.fromkeys(("attention", "sentence_pairs"), 5),
-    **dict.fromkeys(("model", "pretrained"), 6),
-    "signals": 7,
-    "recipes": 8,
-    "train": 9,
-    **dict.fromkeys(("runs", "peers", "finetuning", "figures"), 10),
-    **dict.fromkeys(("benchmarks", "comparison", "motivation", "pretraining", "stages", "notebook_run"), 11),
-    "training_cases": 11,
-    "ablations": 12,
-    "parallel_figures": 11,
-    **dict.fromkeys(("experiments", "map_figures", "pattern_figures", "verdicts"), 13),
-    **dict.fromkeys(("reproduce", "explore", "verdict_figures", "ablation_figures", "sweep", "__init__"), 14),
-    "paper": 15,
-    "__main__": 16,
+import sat_lib
+from sat_lib.common import files
+
+LINT = Path(sys.executable).with_name("lint-imports")
+UPWARD = {
+    "the model imports an experiment": ("model/encoder.py", "from ..experiments import training"),
+    "attention imports the data sets beside it": ("attention/ops.py", "from ..datasets import tasks"),
+    "a room that nobody placed": ("corner/__init__.py", ""),
 }
 
 
-def imported(source: str) -> set[str]:
-    """The modules of sat_lib that some source text imports, at its top or inside a function."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("sat_lib.")}
-        elif isinstance(node, ast.ImportFrom):
-            inside = "sat_lib" if node.level else ""
-            module = ".".join(filter(None, [inside, node.module]))
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "sat_lib" else {module}
-    return {name.split(".")[1] for name in found if name.startswith("sat_lib.")} & LEVELS.keys()
+def lint(root: Path) -> subprocess.CompletedProcess:
+    command = [LINT, "--no-cache", "--no-logo", "pyproject.toml"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
-def test_every_module_has_a_level():
-    assert {path.stem for path in PACKAGE.glob("*.py")} <= LEVELS.keys()
+def test_rooms_import_downward():
+    done = lint(files.ROOT)
+    assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_point_downward(path):
-    level = LEVELS[path.stem]
-    upward = {name: LEVELS[name] for name in imported(path.read_text()) if LEVELS[name] >= level}
-    assert not upward, f"{path.name} is on level {level} and imports {upward}"
+@pytest.mark.parametrize("fault", UPWARD)
+def test_the_contract_sees(fault, tmp_path):
+    shutil.copytree(files.PACKAGE, tmp_path / "sat_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(files.ROOT / "pyproject.toml", tmp_path)
+    name, line = UPWARD[fault]
+    path = tmp_path / "sat_lib" / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    done = lint(tmp_path)
+    assert done.returncode != 0 and ("BROKEN" in done.stdout or "corner" in done.stdout), done.stdout
 
 
-def test_every_way_of_importing_is_seen():
-    source = """
-    from . import files, timing as clock
-    from .model import Encoder
-    from sat_lib import layout
-    import sat_lib.train
-    def late():
-        from sat_lib.figures import draw
-    """
-    lines = "\n".join(line[4:] for line in source.splitlines())
-    assert imported(lines) == {"files", "timing", "model", "layout", "train", "figures"}
+def test_public_names_are_there_and_nothing_is_loaded_before_one_is_asked_for():
+    loaded = "import sys, sat_lib; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=files.ROOT)
+    assert done.stdout == "False\n"
+    for name in sat_lib.__all__:
+        assert getattr(sat_lib, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = sat_lib.Nothing
+
+
+def test_what_decides_whether_to_run_starts_without_torch():
+    code = "import sys, sat_lib.reproduce; print([name for name in ('torch', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=files.ROOT)
+    assert done.stdout == "[]\n"

@@ -4,8 +4,11 @@ import sys
 import pytest
 from conftest import tiny_splits
 
-from sat_lib import datasets, experiments, figures, files, paper
+from sat_lib import datasets, experiments, figures
 from sat_lib.__main__ import main
+from sat_lib.common import files
+from sat_lib.figures import speed
+from sat_lib.reproduce import documents
 
 
 @pytest.mark.parametrize("command", [[], ["data"], ["train"], ["bench"], ["reproduce"]])
@@ -61,20 +64,20 @@ def test_rows_are_measured_once_stored_and_drawn(tmp_path, monkeypatch):
     assert (len(some), len(first)) == (2, 4)
     assert first["forward_backward_ms"].tolist() == again["forward_backward_ms"].tolist()
     assert first["operations"].tolist() == [32**2 * 33, 16 * 16 * 33, 64**2 * 33, 4 * 256 * 33]
-    figure, drawn = figures.scaling(first)
+    figure, drawn = speed.scaling(first)
     written = figures.save("07_scaling", "smoke", figure, drawn, first, root=tmp_path)
     assert all(path.stat().st_size > 0 for path in written)
     assert "smoke profile, not the paper's set-up" in figure._supxlabel.get_text().replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", paper.DOCUMENTS)
+@pytest.mark.parametrize("name", documents.DOCUMENTS)
 def test_the_documents_quote_the_present_tables(name, tmp_path):
     text = (files.ROOT / name).read_text()
     (tmp_path / name).write_text(text)
     (tmp_path / "figures").symlink_to(files.ROOT / "figures")
-    paper.quote(tmp_path / name, tmp_path)
+    documents.quote(tmp_path / name, tmp_path)
     assert (tmp_path / name).read_text() == text, "run `make figures`"
-    assert len(paper.QUOTED.findall(text)) >= 1
+    assert len(documents.QUOTED.findall(text)) >= 1
 
 
 def test_a_copy_may_be_told_its_commit(monkeypatch):

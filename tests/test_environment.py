@@ -59,12 +59,12 @@ def third_party(source: str) -> set[str]:
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules.add(node.module.split(".")[0])
-    ours = {"sat_lib", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    ours = {"sat_lib", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     return {DISTRIBUTIONS.get(name, name) for name in modules - ours - sys.stdlib_module_names}
 
 
 def sources(folder: str) -> dict[str, str]:
-    scripts = {path.name: path.read_text() for path in (ROOT / folder).glob("*.py")}
+    scripts = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / folder).rglob("*.py")}
     for path in (ROOT / folder).glob("*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
         scripts[path.name] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

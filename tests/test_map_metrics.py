@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sat_lib.errors import InputError
-from sat_lib.map_metrics import describe, offset_profile, patch_maps, stride_mass, stride_peak
+from sat_lib.common.errors import InputError
+from sat_lib.maps import describe, offset_profile, patch_maps, stride_mass, stride_peak
 
 
 def maps_with_padding():

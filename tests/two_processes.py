@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 from conftest import tiny_config, tiny_splits
 
-from sat_lib import distributed, experiments, runs, timing
-from sat_lib.recipes import RunConfig
-from sat_lib.train import Trainer
+from sat_lib.common import distributed, timing
+from sat_lib.experiments import step_time
+from sat_lib.training import fit
+from sat_lib.training import trainer as runs
+from sat_lib.training.recipe import RunConfig
+from sat_lib.training.trainer import Trainer
 
 KEPT = []
 EXACT = {"model": {"dropout": 0.0}, "switch_at": None, "theta": -1e9, "delta": 20.0}  # the rule decides, see the test
@@ -28,12 +31,12 @@ def outcome(folder: Path, stop_at: int | None = None, **changes) -> dict:
     runs.Trainer = noted
     try:
         config, data = tiny_config(**changes), tiny_splits()
-        result = runs.fit(config, data, folder, torch.device("cpu"), stop_at=stop_at, progress=False)
+        result = fit.fit(config, data, folder, torch.device("cpu"), stop_at=stop_at, progress=False)
     finally:
         runs.Trainer = trainer
     if result is None:
         return {}
-    last = runs.load_checkpoint(folder / "last.pt", torch.device("cpu"))["trainer"]
+    last = fit.load_checkpoint(folder / "last.pt", torch.device("cpu"))["trainer"]
     told = ("transition_step", "test_accuracy", "best", "processes", "by_process")
     return {
         "result": {name: result[name] for name in told},
@@ -75,7 +78,7 @@ def share(device: torch.device) -> list[int]:
     """How many examples each process has of a batch that is timed."""
     case = {"task": "digits16", "kind": "sat, sparse phase", "attention": "sat", "implementation": "kernel"}
     case |= {"model": {"layers": 1}, "batch": 6, "precision": "fp32", "step": "plain"}
-    _, (tokens, labels) = experiments._step_trainer(case, device)
+    _, (tokens, labels) = step_time._step_trainer(case, device)
     assert len(tokens) == len(labels)
     return distributed.gathered(len(labels))
 
@@ -105,7 +108,7 @@ def unlike(device: torch.device, **changes) -> dict:
 
 def train(device: torch.device, config: RunConfig, step: str, folder: Path) -> dict:
     """The result of a run."""
-    return runs.fit(config, tiny_splits(), folder, device, step=step, progress=False)
+    return fit.fit(config, tiny_splits(), folder, device, step=step, progress=False)
 
 
 def fail(_device: torch.device) -> None:

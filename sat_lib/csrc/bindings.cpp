@@ -1,5 +1,5 @@
 // The only file that meets torch: takes tensors apart, allocates results, picks device and stream, reports errors.
-// sat_lib/ops.py has checked the arguments and registers these functions' autograd, fake and CPU counterparts.
+// sat_lib/attention/ops.py has checked the arguments and registers these functions' autograd, fake and CPU counterparts.
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>

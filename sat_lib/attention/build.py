@@ -1,0 +1,105 @@
+"""Compiles sat_lib/csrc with nvcc, the first time a CUDA tensor meets one of the operators, and loads the result.
+
+The built library lies in ~/.cache/sat_lib (or $XDG_CACHE_HOME/sat_lib), in a folder named by a digest of the sources,
+the flags, PyTorch, CUDA and the GPUs' architectures, so that a change of any of them builds anew.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..common import files
+from ..common.errors import InputError, require
+
+SOURCES = files.PACKAGE / "csrc"
+LIBRARY = "sat_lib_cuda"
+CUDA_FLAGS = ["-O3"]
+CXX_FLAGS = ["-O2"]
+WAY_OUT = "SAT_LIB_IMPLEMENTATION=reference in the environment chooses the plain PyTorch implementation, much slower"
+
+
+@cache
+def load():
+    """The compiled functions, built if need be: `torch.ops.sat_lib_cuda`.
+
+    Raises:
+        InputError: no nvcc, no ninja, a GPU older than compute capability 8.0, or nvcc failed.
+    """
+    devices = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    old = [device for device in devices if device < (8, 0)]
+    require(not old, f"device: the kernels want compute capability 8.0 or later; this machine's has {old}. {WAY_OUT}")
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in devices) or "8.0;9.0"
+    folder = cache_folder() / _digest(architectures)
+    built = folder / "built"
+    with files.lock(folder / "lock-of-build", "the build of the CUDA kernels", wait=True):
+        if not built.exists():
+            _build(folder, architectures)
+            files.write(built, "")
+        torch.ops.load_library(folder / f"{LIBRARY}.so")
+    return getattr(torch.ops, LIBRARY)
+
+
+def cache_folder() -> Path:
+    """Where builds are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sat_lib"
+
+
+def sources() -> list[Path]:
+    """The files that the compiler is given."""
+    return sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
+
+
+def _digest(architectures: str) -> str:
+    texts = {path.name: files.file_digest(path) for path in sorted(SOURCES.iterdir()) if path.is_file()}
+    return files.digest([texts, CUDA_FLAGS, CXX_FLAGS, torch.__version__, torch.version.cuda, architectures])
+
+
+def _build(folder: Path, architectures: str) -> None:
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    require(
+        home is not None and (Path(home) / "bin" / "nvcc").exists(),
+        f"nvcc: wanted CUDA {torch.version.cuda}'s compiler to build the kernels; found none on PATH or in CUDA_HOME. "
+        f"Install the CUDA toolkit (conda install -c nvidia cuda-toolkit={torch.version.cuda}), or: {WAY_OUT}",
+    )
+    print(f"building the CUDA kernels for {architectures} in {folder}, once, about a minute ...", flush=True)
+    start = time.perf_counter()
+    (folder / "lock").unlink(missing_ok=True)  # PyTorch's own lock, which a killed build leaves behind for good
+    with _environment(architectures):
+        try:
+            cpp_extension.load(
+                LIBRARY,
+                [str(path) for path in sources()],
+                extra_cflags=CXX_FLAGS,
+                extra_cuda_cflags=CUDA_FLAGS,
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+        except RuntimeError as error:
+            raise InputError(f"the CUDA kernels could not be built: {error}\n{WAY_OUT}") from error
+    print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _environment(architectures: str) -> Iterator[None]:
+    """The architectures named, and ninja's program on PATH: a virtual environment that isn't activated has it not."""
+    saved = {name: os.environ.get(name) for name in ("TORCH_CUDA_ARCH_LIST", "PATH")}
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

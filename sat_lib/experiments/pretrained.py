@@ -1,0 +1,297 @@
+"""Pretrained models: their maps, their fine-tuning, and the time of a step; notebooks 01 and 09."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.patterns import random_layout
+from ..common import timing
+from ..common.errors import require
+from ..datasets import pairs
+from ..maps import describe, offset_profile, patch_maps, stride_mass, stride_peak
+from ..pretrained import finetune
+from ..pretrained.encoders import attention_maps
+from ..pretrained.finetune import FineTuner, FineTuning
+from ..pretrained.sparse_attention import PATTERNS, SparseAttention
+from .row_files import Context
+
+CHUNK = 8  # examples whose maps are held together
+
+
+class Look(NamedTuple):
+    """The attention maps of some examples, summed up layer by layer."""
+
+    metrics: list[dict[str, Tensor]]  # per layer, by name: (H,), mean over the examples
+    mean_maps: Tensor  # (layers, H, L, L) float64
+    first: Tensor  # (layers, H, L, L): those of the first example
+    first_tokens: int  # of it, without padding
+
+
+def look_at_maps(settings: FineTuning, examples: int, device: torch.device) -> dict:
+    """`A^s` of randomly chosen training examples before, half way through and after fine-tuning, and of the untrained
+    model as a control.
+
+    Returns:
+        metrics: per moment, layer and head the means over examples of `maps.describe`, and for images
+            stride_mass and stride_share.
+        profiles: for images, per moment and layer the offset profile of the patches and its period.
+        shown: the first example's map half way through, (L, L) in hundred-thousandths, whole numbers: of the head with
+            most mass on the diagonal (images: at the stride of the grid), shown_head of shown_layer.
+        length, grid (patches in a row of an image), tokens (of the first example), and what `fine_tune` says of data.
+    """
+    require(examples >= 1, f"examples: wanted at least 1; got {examples}")
+    looks, result = {}, {}
+    for moment, tuner in _moments(settings, device):
+        require(examples <= len(tuner.train), f"examples: wanted at most {len(tuner.train)}; got {examples}")
+        indices = np.random.default_rng([settings.seed, 1]).choice(len(tuner.train), examples, replace=False)
+        looks[moment] = (tuner.step, _look(tuner, indices))
+        result = {"grid": _grid(tuner.model), "train_examples": tuner.examples, **tuner.provenance}
+    shown = looks["half way"][1]
+    chosen = _striking(shown)
+    return {
+        "metrics": [line for moment, (step, look) in looks.items() for line in _lines(moment, step, look)],
+        "profiles": [
+            line for moment, (step, look) in looks.items() for line in _profiles(moment, step, look, result["grid"])
+        ],
+        "shown": (shown.first[chosen] * 1e5).round().int().tolist(),
+        "shown_layer": chosen[0],
+        "shown_head": chosen[1],
+        "length": shown.first.shape[-1],
+        "tokens": shown.first_tokens,
+        "examples": examples,
+        **result,
+    }
+
+
+def _moments(settings: FineTuning, device: torch.device) -> Iterator[tuple[str, FineTuner]]:
+    """The untrained model, then one run: before, half way, at the end."""
+    yield "untrained", FineTuner(replace(settings, pretrained=False), device)
+    tuner = FineTuner(settings, device)
+    yield "pretrained", tuner
+    for moment, until in (("half way", tuner.steps // 2), ("fine-tuned", tuner.steps)):
+        while tuner.step < until:
+            tuner.train_step()
+        yield moment, tuner
+
+
+def _grid(model: nn.Module) -> int | None:
+    """Patches in a row of an image; None for text."""
+    patch = getattr(model.config, "patch_size", None)
+    return None if patch is None else model.config.image_size // patch
+
+
+def _look(tuner: FineTuner, indices: np.ndarray) -> Look:
+    grid, sums, total, first, tokens = _grid(tuner.model), None, 0.0, None, 0
+    for start in range(0, len(indices), CHUNK):
+        inputs, _ = tuner.train.batch(indices[start : start + CHUNK], tuner.device)
+        maps = attention_maps(tuner.model, inputs)
+        real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        found = [_layer_metrics(layer, real, grid) for layer in maps]
+        sums = found if sums is None else [_added(*pair) for pair in zip(sums, found, strict=True)]
+        total = total + torch.stack([layer.sum(0, dtype=torch.float64) for layer in maps])
+        if first is None:
+            first = torch.stack([layer[0] for layer in maps]).cpu()
+            tokens = first.shape[-1] if real is None else int(real[0].sum())
+    count = len(indices)
+    metrics = [{name: value.cpu() / count for name, value in layer.items()} for layer in sums]
+    return Look(metrics, (total / count).cpu(), first, tokens)
+
+
+def _layer_metrics(maps: Tensor, real: Tensor | None, grid: int | None) -> dict[str, Tensor]:
+    """By name (H,), summed over the batch."""
+    found = describe(maps, real)
+    if grid is not None:
+        found["stride_mass"], share = stride_mass(patch_maps(maps, grid), grid)
+        found["stride_share"] = torch.full_like(found["stride_mass"], share)
+    return {name: value.sum(0) for name, value in found.items()}
+
+
+def _added(some: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value + more[name] for name, value in some.items()}
+
+
+def _striking(look: Look) -> tuple[int, int]:
+    """Layer and head with most mass on the diagonal, for images at the stride of the grid."""
+    name = "stride_mass" if "stride_mass" in look.metrics[0] else "diagonal_mass"
+    values = torch.stack([layer[name] for layer in look.metrics])
+    layer, head = divmod(int(values.argmax()), values.shape[1])
+    return layer, head
+
+
+def _lines(moment: str, step: int, look: Look) -> list[dict]:
+    return [
+        {
+            "moment": moment,
+            "step": step,
+            "layer": layer,
+            "head": head,
+            **{name: round(float(value[head]), 5) for name, value in metrics.items()},
+        }
+        for layer, metrics in enumerate(look.metrics)
+        for head in range(look.first.shape[1])
+    ]
+
+
+def _profiles(moment: str, step: int, look: Look, grid: int | None) -> list[dict]:
+    """Per layer of an image model: mean entry by distance, relative to the mean, up to 4 rows of the grid."""
+    if grid is None:
+        return []
+    lines = []
+    for layer, maps in enumerate(look.mean_maps):
+        profile = offset_profile(patch_maps(maps[None], grid))
+        period, height = stride_peak(profile, most=2 * grid)
+        values = [round(value, 4) for value in profile[: 4 * grid + 1].tolist()]
+        lines.append({"moment": moment, "step": step, "layer": layer, "period": period, "height": round(height, 4)})
+        lines[-1]["profile"] = values
+    return lines
+
+
+# ---- pretrained models: notebooks 01 and 09 --------------------------------------------------------------------------
+
+PUBLISHED_MODELS = (("google/vit-base-patch16-224-in21k", "image", "cifar10"), ("bert-base-uncased", "text", "mrpc"))
+STAND_INS = (("cifar-vit", "image", "digits"), ("minilm", "text", "mrpc"))
+SMOKE_FINE_TUNING = {
+    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 320},
+    "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 120, "test_examples": 100},
+}
+PAPER_FINE_TUNING = {
+    "cifar-vit": {"epochs": 5, "batch": 32, "rate": 5e-4},
+    "minilm": {"epochs": 4, "batch": 32, "rate": 1e-4},
+    "google/vit-base-patch16-224-in21k": {"epochs": 3, "batch": 64, "rate": 1e-4},
+    "bert-base-uncased": {"epochs": 3, "batch": 32, "rate": 3e-5},
+}
+
+
+def _models(profile: str) -> list[tuple[str, str, str]]:
+    """Model, kind, data: at the smoke profile the stand-ins, on MRPC if it is there; at the paper profile all."""
+    if profile == "paper":
+        return [*PUBLISHED_MODELS, *STAND_INS]
+    return [
+        (model, kind, pairs.default_pairs() if kind == "text" else data) for model, kind, data in STAND_INS
+    ]
+
+
+def _fine_tuning_case(model: str, kind: str, data: str, profile: str, **more) -> dict:
+    settings = SMOKE_FINE_TUNING[kind] if profile == "smoke" else PAPER_FINE_TUNING[model] | {"precision": "bf16"}
+    return {"model": model, "kind": kind, "data": data, **settings, **more}
+
+
+def motivation_cases(profile: str) -> list[dict]:
+    """Part of an epoch of dense fine-tuning of each model, at the paper profile a whole one, in float32."""
+    smoke = profile == "smoke"
+    more = {"train_examples": 160} if smoke else {"epochs": 1, "precision": "fp32"}
+    examples = {"examples": 16 if smoke else 64}
+    return [_fine_tuning_case(*model, profile, **more, **examples) for model in _models(profile)]
+
+
+def motivation(case: dict, context: Context) -> dict:
+    """See `look_at_maps`."""
+    settings = {name: value for name, value in case.items() if name != "examples"}
+    return look_at_maps(finetune.FineTuning(**settings), case["examples"], context.device)
+
+
+def finetuning_cases(profile: str) -> list[dict]:
+    """Every model dense, and with SAT by pattern and density; at the paper profile three seeds and both rules."""
+    smoke = profile == "smoke"
+    densities = (0.25,) if smoke else (0.5, 0.25, 0.125)
+    variants = [(pattern, "zero", density) for pattern in PATTERNS for density in densities]
+    variants += [] if smoke else [(pattern, "drop", 0.25) for pattern in PATTERNS]
+    cases = []
+    for seed in range(1 if smoke else 3):
+        for model in _models(profile):
+            base = _fine_tuning_case(*model, profile, seed=seed)
+            cases.append(base | {"attention": "dense"})
+            for pattern, pruned, density in variants:
+                sat = {"attention": "sat", "pattern": pattern, "pruned": pruned, "density": density}
+                cases.append(base | sat | {"switch_share": 0.25})
+    return cases
+
+
+def fine_tune(case: dict, context: Context) -> dict:
+    """See `finetune.fine_tune`."""
+    return finetune.fine_tune(finetune.FineTuning(**case), context.device)
+
+
+def pretrained_step_cases(profile: str) -> list[dict]:
+    """A step of BERT base and ViT base at their usual lengths, by attention; two layers at the smoke profile."""
+    smoke = profile == "smoke"
+    shapes = [("bert-base", 128, 16)] + ([] if smoke else [("bert-base", 512, 32), ("vit-base", 197, 16)])
+    kinds = [(name, None) for name in STEP_ATTENTIONS[:-1]]
+    kinds += [(STEP_ATTENTIONS[-1], density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
+    sizes = {"batch": 4, "layers": 2} if smoke else {"batch": 64, "layers": 12}
+    sizes["precision"] = "fp32" if smoke else "bf16"
+    return [
+        {"architecture": architecture, "length": length, "block": block, "attention": name, "density": density, **sizes}
+        for architecture, length, block in shapes
+        for name, density in kinds
+    ]
+
+
+# ---- the time of a step at the published sizes -----------------------------------------------------------------------
+
+STEP_ATTENTIONS = ("eager", "sdpa", "sat, dense phase", "sat, sparse phase")
+
+
+def pretrained_step(case: dict, device: torch.device) -> dict:
+    """Time and peak memory of a training step of BERT base or ViT base, with random weights, inputs and layouts.
+
+    Args:
+        case: architecture ("bert-base" or "vit-base"), layers, length, batch, precision, attention (one of
+            `STEP_ATTENTIONS`), and for the sparse phase density and block.
+
+    The last tenth of the texts is padding. A step is forward, backward and AdamW; in SAT's dense phase the statistics
+    and the transition test too.
+    """
+    torch.manual_seed(0)
+    model = _architecture(case).to(device).train()
+    inputs = _random_inputs(case, model, device)
+    sat = None
+    if case["attention"].startswith("sat"):
+        sat = SparseAttention(model, inputs, block=case["block"], density=case["density"] or 1.0, theta=math.inf)
+        if case["attention"] == "sat, sparse phase":
+            blocks = -(-sat.length // sat.block)
+            layers = range(len(sat.sparsity))
+            layouts = [random_layout(blocks, blocks, case["density"], sat.block, seed) for seed in layers]
+            sat.enter_sparse_phase(layouts)
+    else:
+        model.set_attn_implementation(case["attention"])
+    optimiser = torch.optim.AdamW([*model.parameters(), *(sat.parameters() if sat else ())], lr=1e-5)
+    labels = torch.zeros(case["batch"], dtype=torch.int64, device=device)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=case["precision"] == "bf16"):
+            loss = F.cross_entropy(model(**inputs).logits.float(), labels)
+        optimiser.zero_grad(set_to_none=True)
+        (loss + sat.loss() if sat else loss).backward()
+        optimiser.step()
+        if sat:
+            sat.step()
+
+    on_cpu = device.type == "cpu"
+    timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 5, calls=3 if on_cpu else 30)
+    return vars(timed) | {"peak_bytes": timing.peak_bytes(step, device), "parameters": model.num_parameters()}
+
+
+def _architecture(case: dict) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+    settings = {"num_hidden_layers": case["layers"], "attention_probs_dropout_prob": 0.0}
+    if case["architecture"] == "bert-base":
+        return BertForSequenceClassification(BertConfig(**settings))
+    return ViTForImageClassification(ViTConfig(**settings))
+
+
+def _random_inputs(case: dict, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    batch, length = case["batch"], case["length"]
+    if case["architecture"] == "vit-base":
+        return {"pixel_values": torch.randn(batch, 3, model.config.image_size, model.config.image_size, device=device)}
+    tokens = torch.randint(1, model.config.vocab_size, (batch, length), device=device)
+    mask = torch.ones_like(tokens)
+    mask[:, length - length // 10 :] = 0
+    return {"input_ids": tokens, "attention_mask": mask}

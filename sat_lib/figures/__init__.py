@@ -1,0 +1,141 @@
+"""Figures and tables from rows, and what is saved beside them. Nothing here measures.
+
+    figure, drawn = figures.step_time(rows)
+    figures.save("04_step_time", "smoke", figure, drawn, rows)
+
+writes figures/smoke/04_step_time.pdf, .png, .csv (what is drawn) and .json (where it comes from).
+"""
+
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from ..common import files
+from ..common.errors import require
+
+COLUMN, PAGE = 3.3, 7.0  # widths in inches: one column, the whole page
+_COLOURS = sns.color_palette("colorblind", 10)
+_NUMBERS = {"dense": 0, "sat": 1, "sat, dense phase": 2, "longformer": 3, "bigbird": 4, "lsg": 9, "materialised": 6}
+PALETTE = {name: _COLOURS[number] for name, number in _NUMBERS.items()}
+PALETTE["sat, sparse phase"] = PALETTE["fused"] = PALETTE["sat"]
+PALETTE |= {"sdpa": PALETTE["dense"], "reference": PALETTE["longformer"], "flex 64": PALETTE["bigbird"]}
+TASK_NAMES = {"agnews": "AG News", "yelp": "Yelp", "cifar10": "CIFAR-10", "inaturalist": "iNaturalist", "imdb": "IMDB"}
+PUBLISHED_ACCURACY = {  # percent, mean of five runs (the paper's accuracy table)
+    "dense": {"agnews": 71.43, "yelp": 76.77, "cifar10": 41.84, "inaturalist": 52.50},
+    "longformer": {"agnews": 77.39, "yelp": 80.81, "cifar10": 43.47, "inaturalist": 54.32},
+    "bigbird": {"agnews": 76.85, "yelp": 80.94, "cifar10": 42.24, "inaturalist": 52.96},
+    "lsg": {"agnews": 80.69, "yelp": 80.42, "cifar10": 43.04, "inaturalist": 54.17},
+    "sat": {"agnews": 82.42, "yelp": 81.53, "cifar10": 43.16, "inaturalist": 53.19},
+}
+PUBLISHED_STEP_MS = {  # batch 512 on four RTX A5000, read off the paper's figure, to about 3 ms
+    "longformer": {"agnews": 240, "yelp": 241, "cifar10": 129, "inaturalist": 129},
+    "bigbird": {"agnews": 397, "yelp": 398, "cifar10": 216, "inaturalist": 216},
+    "lsg": {"agnews": 174, "yelp": 175, "cifar10": 95, "inaturalist": 95},
+    "sat": {"agnews": 160, "yelp": 162, "cifar10": 76, "inaturalist": 78},
+}
+PUBLISHED_SPEED_UP = {"QK^T": 1.55, "softmax": 37.34, "AV": 2.34}  # forward, CIFAR-10, RTX A5000
+
+
+def style() -> None:
+    """The look of all figures; `new` calls it."""
+    sns.set_theme("paper", "ticks", palette="colorblind")
+    mpl.rcParams.update({"pdf.fonttype": 42, "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7.5})
+    mpl.rcParams.update({"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "savefig.dpi": 200})
+    _show_in_notebooks()
+
+
+def _show_in_notebooks() -> None:
+    """Let a notebook display figures as pictures, which otherwise only pyplot asks it to do."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(shell, {"png"}, bbox_inches=None)
+
+
+def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings) -> tuple[Figure, np.ndarray]:
+    """A figure in inches with (rows, columns) axes, always as a 2-d array."""
+    style()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    stage: str, profile: str, figure: Figure, drawn: pd.DataFrame, rows: pd.DataFrame, root: Path = files.ROOT
+) -> list[Path]:
+    """Write <stage>.pdf, .png, .csv and .json to figures/<profile>, each whole or not at all.
+
+    Args:
+        drawn: what the figure shows. rows: the rows it comes from, as `experiments.rows` returns them.
+
+    A figure of the smoke profile says so on its face; one with missing cases says how many.
+    """
+    require(len(rows) > 0, f"rows: there are none for {stage} at the {profile} profile; nothing to draw")
+    folder, said = Path(root) / "figures" / profile, provenance(profile, rows)
+    face = textwrap.fill(_face(profile, said), int(16 * figure.get_figwidth()))  # 16 letters of 7 pt to the inch
+    figure.supxlabel(face, fontsize=7, color="0.35")
+    written = []
+    for kind, settings in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {})):
+        with files.atomic_path(folder / f"{stage}.{kind}") as path:
+            figure.savefig(path, format=kind, **settings)
+        written.append(folder / f"{stage}.{kind}")
+    files.write(folder / f"{stage}.csv", drawn.to_csv(index=False))
+    files.write_json(folder / f"{stage}.json", said)
+    return [*written, folder / f"{stage}.csv", folder / f"{stage}.json"]
+
+
+def save_table(name: str, profile: str, table: pd.DataFrame, root: Path = files.ROOT) -> str:
+    """Write <name>.csv and <name>.md to figures/<profile>; returns the Markdown."""
+    text = to_markdown(table)
+    folder = Path(root) / "figures" / profile
+    files.write(folder / f"{name}.csv", table.to_csv(index=False))
+    files.write(folder / f"{name}.md", text)
+    return text
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A GitHub table; an absent value is a dash."""
+    cells = [["-" if pd.isna(cell) else str(cell) for cell in line] for line in table.itertuples(index=False)]
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def provenance(profile: str, rows: pd.DataFrame) -> dict:
+    """Where rows come from: commits, devices, versions, seeds, dates, how many cases are missing, a digest of all."""
+    several = {
+        name: sorted({str(value) for value in rows[name]})
+        for name in ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed", "data_digest")
+        if name in rows
+    }
+    return {
+        "profile": profile,
+        **several,
+        "measured": [min(rows["date"]), max(rows["date"])],
+        "cases": len(rows),
+        "official_data": bool(rows["data_official"].all()) if "data_official" in rows else None,
+        "missing_cases": rows.attrs.get("missing", 0),
+        "rows_digest": files.digest(json.loads(rows.to_json(orient="records"))),
+        "stage": os.environ.get("SAT_LIB_STAGE"),
+    }
+
+
+def _face(profile: str, said: dict) -> str:
+    text = f"{', '.join(said['device'])}; PyTorch {', '.join(said['torch'])}"
+    if profile == "smoke":
+        text = f"smoke profile, not the paper's set-up: small runs on {text}"
+    if said["official_data"] is False:
+        text += "; data without the official archive's checksum"
+    if said["missing_cases"]:
+        text += f"; {said['missing_cases']} of {said['cases'] + said['missing_cases']} cases not measured yet"
+    return text

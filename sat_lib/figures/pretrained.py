@@ -1,0 +1,212 @@
+"""Figures about pretrained models: their attention maps, and what fine-tuning with SAT costs. Drawn from rows."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from ..attention.reference import pool_blocks
+from . import PAGE, PALETTE, new
+
+MODEL_NAMES = {"cifar-vit": "small ViT (CIFAR-10)", "minilm": "MiniLM"}
+MODEL_NAMES |= {"bert-base-uncased": "BERT base", "google/vit-base-patch16-224-in21k": "ViT base"}
+DATA_NAMES = {"digits": "digits", "mrpc": "MRPC", "docstrings": "docstring pairs", "cifar10": "CIFAR-10"}
+MOMENTS = {
+    "untrained": {"color": "0.55", "linestyle": "--"},
+    "pretrained": {"color": PALETTE["dense"], "linestyle": ":"},
+    "half way": {"color": PALETTE["sat"], "linestyle": "-."},
+    "fine-tuned": {"color": PALETTE["sat"], "linestyle": "-"},
+}
+
+
+# ---- 01: what the maps look like -------------------------------------------------------------------------------------
+
+
+def metrics(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per model, moment, layer and head."""
+    parts = [
+        pd.DataFrame(row["metrics"]).assign(model=row["model"], data=row["data"], kind=row["kind"])
+        for _, row in rows.iterrows()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def motivation(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """The paper's figure 1: one map of each model with its block means; below, the shares it speaks of, by layer.
+
+    Takes the first row of each kind, "image" and "text".
+    """
+    chosen = rows.drop_duplicates("kind").sort_values("kind")  # image, then text
+    figure, axes = new(PAGE, 4.1, 2, 4)
+    lines = metrics(chosen)
+    by_layer = lines.groupby(["kind", "moment", "layer"], sort=False).mean(numeric_only=True).reset_index()
+    for place, (_, row) in enumerate(chosen.iterrows()):
+        columns = slice(2 * place, 2 * place + 2)
+        part = by_layer[by_layer["kind"] == row["kind"]]
+        _map_and_blocks(axes[0, columns], row)
+        _by_layer(axes[1, 2 * place], part, row["kind"])
+        if row["kind"] == "image":
+            _profile(axes[1, 2 * place + 1], row)
+        else:
+            _text_shares(axes[1, 2 * place + 1], part)
+    for axis in axes[:, 2 * len(chosen) :].flat:
+        axis.remove()
+    handles = axes[1, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
+    return figure, lines
+
+
+def _map_and_blocks(axes: np.ndarray, row: pd.Series) -> None:
+    values = np.array(row["shown"], float) / 1e5
+    blocks = pool_blocks(torch.from_numpy(values), 16).numpy()
+    name = f"{MODEL_NAMES.get(row['model'], row['model'])}, {DATA_NAMES[row['data']]}"
+    for axis, image, title in zip(axes, (values, blocks), (name, "means of 16 x 16"), strict=True):
+        top = np.quantile(image, 0.995) or image.max()
+        axis.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, top), interpolation="nearest")
+        axis.set_title(title)
+        axis.set(xticks=[], yticks=[])
+    head = f"layer {row['shown_layer'] + 1}, head {row['shown_head'] + 1}"
+    axes[0].set_xlabel(head)
+    if row["kind"] == "text":
+        axes[1].set_xlabel(f"{row['tokens']} of {row['length']} are tokens")
+
+
+def _by_layer(axis: Axes, part: pd.DataFrame, kind: str) -> None:
+    """Share of small entries (round) and mass of the largest 5 % (square) over the layers."""
+    for moment, look in MOMENTS.items():
+        some = part[part["moment"] == moment]
+        axis.plot(some["layer"] + 1, some["small_share"], marker="o", markersize=2.5, label=moment, **look)
+        axis.plot(some["layer"] + 1, some["top5_mass"], marker="s", markersize=2.5, linewidth=0.6, **look)
+    axis.set(xlabel="layer", ylim=(-0.03, 1.03), ylabel="● below 1/(10 L)   ■ mass of top 5 %", title=kind)
+    sns.despine(ax=axis)
+
+
+def _profile(axis: Axes, row: pd.Series) -> None:
+    """Mean entry by distance between two patches, over all layers; ticks at the rows of the grid."""
+    profiles = pd.DataFrame(row["profiles"])
+    for moment, look in MOMENTS.items():
+        some = np.array(profiles[profiles["moment"] == moment]["profile"].tolist())
+        axis.plot(some.mean(0), linewidth=0.8, **look)
+    grid = int(row["grid"])
+    axis.set(xlabel="distance (patches)", ylabel="mean entry / mean of all")
+    axis.set(xticks=np.arange(0, 4 * grid + 1, grid), title=f"image, grid of {grid} x {grid}")
+    sns.despine(ax=axis)
+
+
+def _text_shares(axis: Axes, part: pd.DataFrame) -> None:
+    """Padding left out: small entries among real tokens alone, and the mass on the diagonal."""
+    for moment, look in MOMENTS.items():
+        some = part[part["moment"] == moment]
+        axis.plot(some["layer"] + 1, some["small_share_real"], marker="o", markersize=2.5, **look)
+        axis.plot(some["layer"] + 1, some["diagonal_mass"], marker="^", markersize=2.5, linewidth=0.6, **look)
+    axis.set(
+        xlabel="layer", ylim=(-0.03, 1.03), ylabel="● small, real tokens   ▲ diagonal", title="text, padding left out"
+    )
+    sns.despine(ax=axis)
+
+
+def motivation_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over layers and heads, a line per model and moment."""
+    lines = metrics(rows)
+    names = {
+        "small_share": "below 1/(10 L) %",
+        "small_share_real": "the same, real tokens %",
+        "top5_mass": "mass of top 5 % entries %",
+        "diagonal_mass": "diagonal mass %",
+        "diagonal_share": "diagonal entries %",
+        "stride_mass": "stride mass %",
+        "stride_share": "stride entries %",
+        "padding_mass": "padding mass %",
+        "padding_share": "padding keys %",
+    }
+    lines = lines.reindex(columns=["model", "data", "moment", *names])
+    table = 100 * lines.groupby(["model", "data", "moment"], sort=False).mean()
+    return table.round(1).rename(columns=names).reset_index()
+
+
+# ---- 09: fine-tuning -------------------------------------------------------------------------------------------------
+
+LINES = {"learned": PALETTE["sat"], "pooled": PALETTE["bigbird"]}
+
+
+def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Test accuracy against density, a panel per model and data: each seed a mark, means joined; dense as a band."""
+    names = ["model", "data", "attention", "pattern", "pruned", "density", "seed", "test_accuracy", "step_ms"]
+    drawn = rows.reindex(columns=[*names, "steps", "transition_step"])
+    drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
+    parts = list(drawn.groupby(["model", "data"], sort=False))
+    figure, axes = new(max(3.3, 3.5 * len(parts)), 2.6, 1, len(parts))
+    for axis, ((model, data), part) in zip(axes[0], parts, strict=True):
+        dense = part[part["attention"] == "dense"]["accuracy_percent"]
+        if len(dense):
+            axis.axhspan(dense.min(), dense.max(), color=PALETTE["dense"], alpha=0.25, linewidth=0)
+            axis.axhline(dense.mean(), color=PALETTE["dense"], label="dense, all seeds", linewidth=1)
+        sat = part[part["attention"] == "sat"]
+        for (pattern, pruned), some in sat.groupby(["pattern", "pruned"], sort=False):
+            colour, mark = LINES[pattern], {"zero": "o", "drop": "^"}[pruned]
+            label = f"{pattern}, pruned {pruned}"
+            axis.plot(
+                some["density"], some["accuracy_percent"], mark, markersize=3, alpha=0.7, color=colour, label=label
+            )
+            mean = some.groupby("density")["accuracy_percent"].mean()
+            axis.plot(mean.index, mean, linewidth=0.9, color=colour)
+        axis.set(xscale="log", xlabel="density", title=f"{MODEL_NAMES.get(model, model)} on {DATA_NAMES[data]}")
+        densities = sorted(set(sat["density"]))
+        axis.set_xticks(densities, [f"{density:g}" for density in densities], minor=False)
+        axis.minorticks_off()
+        sns.despine(ax=axis)
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False)
+    return figure, drawn
+
+
+def finetuning_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sample deviation over seeds, mass kept, and the time of a step against dense."""
+    table = []
+    keys = ["model", "data", "attention", "pattern", "pruned", "density"]
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *keys, "mass_kept"])))
+    filled = rows.assign(
+        **{name: rows[name].astype(object).where(rows["attention"] == "sat", "-") for name in keys[3:]}
+    )
+    for values, part in filled.groupby(keys, sort=False):
+        line = dict(zip(keys, values, strict=True))
+        same = (rows["model"] == line["model"]) & (rows["data"] == line["data"]) & (rows["attention"] == "dense")
+        percent, dense_ms = 100 * part["test_accuracy"], rows[same]["step_ms"].median()
+        kept = np.array([np.mean(mass) for mass in part["mass_kept"] if isinstance(mass, list)])
+        table.append(
+            line
+            | {
+                "runs": len(part),
+                "mean %": round(percent.mean(), 2),
+                "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
+                "mass kept %": round(100 * kept.mean(), 1) if len(kept) else None,
+                "step ms": f"{part['step_ms'].median():.3g}",
+                "time / dense": f"{part['step_ms'].median() / dense_ms:.2f}",
+            }
+        )
+    return pd.DataFrame(table).replace(MODEL_NAMES | DATA_NAMES)
+
+
+def pretrained_step_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per architecture, length and attention: time, ratio to SDPA, peak memory."""
+    table = []
+    for (architecture, length), part in rows.groupby(["architecture", "length"], sort=False):
+        sdpa = part[part["attention"] == "sdpa"]["median_ms"].median()
+        for _, row in part.iterrows():
+            density = "-" if pd.isna(row["density"]) else f"{row['density']:g}"
+            table.append(
+                {
+                    "architecture": architecture,
+                    "length": length,
+                    "attention": row["attention"],
+                    "density": density,
+                    "step ms": f"{row['median_ms']:.3g}",
+                    "time / sdpa": f"{row['median_ms'] / sdpa:.2f}",
+                    "peak GiB": f"{row['peak_bytes'] / 2**30:.3g}",
+                }
+            )
+    return pd.DataFrame(table)

@@ -1,0 +1,228 @@
+"""Figures and tables of training runs: phases, accuracy, and one model on several GPUs."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from . import COLUMN, PAGE, PALETTE, PUBLISHED_ACCURACY, TASK_NAMES, new, style
+
+PHASES = ("dense", "sparse")
+
+
+def steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per number of processes, batch and phase.
+
+    Columns:
+        median_ms, low_ms, high_ms: of a step. examples_per_second: of all processes together. efficiency: that over
+        so many times what one process does at its largest batch, NaN without rows of one. share_ms: where there are
+        several, a step of one process that has only its share of the batch: what it would take if sharing cost nothing.
+    """
+    rows = rows[rows["sweep"] == "step"]
+    measures = ["median_ms", "low_ms", "high_ms", "examples_per_second"]
+    lines = [
+        {"phase": phase, "processes": int(row["processes"]), "batch": int(row["batch"])}
+        | {name: row[f"{phase}_{name}"] for name in measures}
+        for _, row in rows.iterrows()
+        for phase in PHASES
+    ]
+    lines = pd.DataFrame(lines, columns=["phase", "processes", "batch", *measures])
+    lines = lines.sort_values(["phase", "processes", "batch"], ignore_index=True)
+    alone = lines[lines["processes"] == 1].set_index(["phase", "batch"])
+    one = alone["examples_per_second"].groupby("phase").last()
+    lines["efficiency"] = lines["examples_per_second"] / (lines["processes"] * lines["phase"].map(one))
+    shares = zip(lines["phase"], lines["batch"] // lines["processes"], strict=True)
+    share_ms = pd.Series([alone["median_ms"].get(share, float("nan")) for share in shares], lines.index)
+    return lines.assign(share_ms=share_ms.where(lines["processes"] > 1))
+
+
+def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Throughput against the number of processes, by phase: one batch shared, or as large a one for each.
+
+    Beside a point stands its efficiency; the dotted lines are what one process does, so many times.
+    """
+    drawn = steps(rows)
+    batch, numbers = (drawn["batch"] // drawn["processes"]).max(), sorted(set(drawn["processes"]))
+    figure, ((axis,),) = new(COLUMN, 2.4)
+    for phase in reversed(PHASES):
+        colour, part = PALETTE[f"sat, {phase} phase"], drawn[drawn["phase"] == phase]
+        shared, whole = (part[part["batch"] == batch * each] for each in (1, part["processes"]))
+        for one in whole.loc[whole["processes"] == 1, "examples_per_second"] / 1000:
+            axis.plot(numbers, [one * number for number in numbers], ":", color=colour, linewidth=0.9)
+        _line(axis, whole, f"{phase} phase, {batch} each", "-o", "bottom", color=colour)
+        _line(axis, shared, f"{phase} phase, {batch} in all", "--o", "top", color=colour, markerfacecolor="white")
+    axis.set(xlabel="processes", ylabel="thousand examples / s", xticks=numbers)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.12)
+    axis.xaxis.set_minor_locator(NullLocator())
+    sns.despine(ax=axis)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure, drawn
+
+
+def _line(axis: Axes, part: pd.DataFrame, label: str, style: str, side: str, **look) -> None:
+    rates = part["examples_per_second"] / 1000
+    axis.plot(part["processes"], rates, style, label=label, markersize=4, linewidth=1, **look)
+    for line, rate in zip(part.itertuples(), rates, strict=True):
+        if line.processes > 1 and not pd.isna(line.efficiency):
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": side, "fontsize": 6}
+            axis.annotate(f"{line.efficiency:.0%}", (line.processes, rate), **place)
+
+
+def steps_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per phase, number of processes and batch."""
+    lines = steps(rows)
+    return pd.DataFrame(
+        {
+            "phase": lines["phase"],
+            "processes": lines["processes"],
+            "batch": lines["batch"],
+            "step ms": [f"{value:.3g}" for value in lines["median_ms"]],
+            "examples / s": [f"{value:,.0f}" for value in lines["examples_per_second"]],
+            "efficiency": [f"{value:.2f}" for value in lines["efficiency"]],
+            "one with its share, ms": ["-" if pd.isna(value) else f"{value:.3g}" for value in lines["share_ms"]],
+        }
+    )
+
+
+def runs_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per run by several processes, and whether all of them came to the same bits."""
+    runs = rows[rows["sweep"] == "training"]
+    runs = runs.reindex(columns=["processes", "seed", "transition_step", "test_accuracy", "wall_seconds", "by_process"])
+    return pd.DataFrame(
+        {
+            "processes": runs["processes"].astype(int),
+            "seed": runs["seed"].astype(int),
+            "switched at step": ["-" if pd.isna(step) else f"{step:.0f}" for step in runs["transition_step"]],
+            "test %": [f"{100 * value:.2f}" for value in runs["test_accuracy"]],
+            "seconds": [f"{value:.0f}" for value in runs["wall_seconds"]],
+            "same step, layouts and weights in all": ["yes" if same else "no" for same in agree(runs)],
+        }
+    )
+
+
+def agree(runs: pd.DataFrame) -> list[bool]:
+    """Of each run, whether all its processes had the same transition step, layouts and weights at the end."""
+    return [all(process == processes[0] for process in processes) for processes in runs.get("by_process", ())]
+
+
+# ---- 02: one run through the three phases ----------------------------------------------------------------------------
+
+
+def training(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Loss, skewness and distance over the steps, the transition, and each layer's maps. Takes the first row."""
+    run = rows.iloc[0]
+    history, maps = pd.DataFrame(run["history"]), run["maps"]
+    layers = len(maps["start"])
+    style()
+    figure = Figure(figsize=(PAGE, 1.9 + 1.35 * layers), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1.35 * layers])
+    _curves(above.subplots(1, 3), history, run["transition_step"])
+    _maps(below.subplots(layers, 4, squeeze=False), maps)
+    drawn = history.explode(["skewness", "distance", "change_percent"]) if "skewness" in history else history
+    return figure, drawn.reset_index(names="line")
+
+
+def _curves(axes: np.ndarray, history: pd.DataFrame, transition: float | None) -> None:
+    steps = history[history["loss"].notna()]
+    loss, skewness, distance = axes
+    for phase, colour in (("dense", PALETTE["sat, dense phase"]), ("sparse", PALETTE["sat"])):
+        part = steps[steps["phase"] == phase]
+        loss.plot(part["step"], part["loss"], color=colour, linewidth=0.8, label=f"{phase} phase")
+    loss.set(xlabel="step", ylabel="training loss")
+    loss.legend(frameon=False)
+    learning = steps[steps["skewness"].notna()]
+    for axis, name in ((skewness, "skewness"), (distance, "distance")):
+        for layer, line in enumerate(np.array(learning[name].tolist(), float).T):
+            axis.plot(learning["step"], line, linewidth=0.8, label=f"layer {layer + 1}")
+        axis.set(xlabel="step of the dense phase", ylabel=name)
+        axis.legend(frameon=False)
+    for axis in axes:
+        if transition is not None and not np.isnan(transition):
+            axis.axvline(transition, color="0.4", linestyle=":", linewidth=1)
+        sns.despine(ax=axis)
+
+
+def _maps(axes: np.ndarray, maps: dict) -> None:
+    """A row per layer: pooled map at step 0 and at the transition, R~, kept blocks."""
+    titles = {"start": "map, step 0", "transition": "map, transition", "scores": "R~, transition", "kept": "kept"}
+    for layer, line in enumerate(axes):
+        for axis, (name, title) in zip(line, titles.items(), strict=True):
+            axis.set(xticks=[], yticks=[])
+            if name not in maps:
+                axis.text(0.5, 0.5, "no transition", ha="center", va="center", fontsize=7)
+                continue
+            values = np.array(maps[name][layer], float)
+            image = axis.imshow(values, cmap="Greys" if name == "kept" else "viridis", interpolation="nearest")
+            axis.set_title(title)
+            if name != "kept":
+                bar = axis.figure.colorbar(image, ax=axis, shrink=0.85)
+                bar.ax.tick_params(labelsize=7)
+                bar.formatter.set_powerlimits((-2, 3))
+        line[0].set_ylabel(f"layer {layer + 1}, block row")
+
+
+# ---- 03: accuracy ----------------------------------------------------------------------------------------------------
+
+
+def accuracy(rows: pd.DataFrame, published: bool = True) -> tuple[Figure, pd.DataFrame]:
+    """Test accuracy by task and attention: every seed a dot, the mean a bar, the published mean a diamond.
+
+    `published` False leaves that out: for runs that can't be set beside it.
+    """
+    drawn = rows[["task", "attention", "seed", "test_accuracy", "phase"]].copy()
+    drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
+    tasks = list(dict.fromkeys(drawn["task"]))
+    figure, ((axis,),) = new(PAGE, 2.4)
+    common = {"data": drawn, "x": "task", "y": "accuracy_percent", "hue": "attention", "ax": axis, "order": tasks}
+    sns.barplot(**common, errorbar=None, palette=PALETTE, alpha=0.45)
+    sns.stripplot(**common, dodge=True, palette=PALETTE, size=3.5, legend=False, jitter=False)
+    attentions = list(dict.fromkeys(drawn["attention"]))
+    for place, name in enumerate(tasks):
+        for side, attention in enumerate(attentions):
+            mean = PUBLISHED_ACCURACY.get(attention, {}).get(name) if published else None
+            if mean is not None:
+                x = place + 0.8 * ((side + 0.5) / len(attentions) - 0.5)
+                axis.plot(x, mean, "D", color="black", markersize=3, markerfacecolor="none", label="published")
+    axis.set(xlabel="", ylabel="test accuracy (%)", xticks=range(len(tasks)))
+    axis.set_xticklabels([TASK_NAMES.get(name, name) for name in tasks])
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    sns.despine(ax=axis)
+    return figure, drawn
+
+
+def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
+    """Mean and sample deviation over seeds, in percent, what a run took, and the published mean, where wanted."""
+    lines = []
+    for (name, attention), part in rows.groupby(["task", "attention"], sort=False):
+        percent = 100 * part["test_accuracy"]
+        lines.append(
+            {
+                "task": TASK_NAMES.get(name, name),
+                "attention": attention,
+                "runs": len(part),
+                "mean %": round(percent.mean(), 2),
+                "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
+                "switched at step": switch_span(part),
+                "seconds a run": round(run_seconds(part).median()),
+                "published mean %": PUBLISHED_ACCURACY.get(attention, {}).get(name),
+            }
+        )
+    return pd.DataFrame(lines).drop(columns=[] if published else "published mean %")
+
+
+def switch_span(rows: pd.DataFrame) -> str:
+    """The earliest and the latest transition of runs, one number for the same step, a dash where none switched."""
+    ends = rows["transition_step"].dropna().agg(["min", "max"]).dropna().unique()
+    return " to ".join(f"{step:.0f}" for step in ends) or "-"
+
+
+def run_seconds(rows: pd.DataFrame) -> pd.Series:
+    """Of whole training runs, fast ones where there are any: by the clock, evaluation and compilers included."""
+    fast = rows[rows["step"] == "fast"] if "step" in rows else rows.iloc[:0]
+    rows = fast if len(fast) else rows
+    steps = rows["seconds"].map(lambda phases: sum(phases.values()))
+    return rows["wall_seconds"].astype(float).fillna(0).clip(lower=steps)  # a run that went on has many clocks

@@ -1,0 +1,1 @@
+"""The encoder of the paper: PyTorch's modules, the sparsity parameter, and the fast layers."""

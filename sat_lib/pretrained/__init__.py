@@ -1,0 +1,1 @@
+"""SAT in pretrained encoders of transformers: where their weights are, and fine-tuning."""

@@ -1,0 +1,272 @@
+"""Fine-tuning of pretrained encoders, dense or with SAT, and the time of its steps.
+
+Images are those of a `datasets` task, brought to the model's size; texts are `sentence_pairs`, cut and padded to one
+length.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import datasets
+from ..attention.patterns import mass_kept
+from ..common import timing
+from ..common.errors import require
+from ..datasets.batches import batch_indices
+from ..datasets.pairs import Pairs, load_pairs
+from ..datasets.tasks import task
+from .encoders import attention_maps, load_model, load_tokenizer, pixels
+from .sparse_attention import SparseAttention
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One run. `kind` is "image" or "text", `data` a task of `datasets` or a name of `sentence_pairs`.
+
+    The rate rises over the first tenth of the steps and falls to 0, both linearly; a switch to the sparse phase halves
+    it and makes a fresh AdamW, as in training from scratch. `switch_share` forces the switch at that share of the
+    steps, None leaves it to the test. `theta`, `delta`, `block`, `density`, `pattern`, `pruned` are those of
+    `SparseAttention`. `train_examples` and `test_examples` take so many, None all.
+    """
+
+    model: str
+    kind: str
+    data: str
+    attention: str = "dense"
+    epochs: int = 3
+    batch: int = 32
+    rate: float = 5e-5
+    length: int = 128
+    train_examples: int | None = None
+    test_examples: int | None = None
+    block: int = 16
+    density: float = 0.25
+    pattern: str = "learned"
+    pruned: str = "zero"
+    theta: float = 1.7
+    delta: float = 1.3
+    switch_share: float | None = None
+    precision: str = "fp32"
+    pretrained: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self.attention in ("dense", "sat"), f"attention: wanted 'dense' or 'sat'; got {self.attention!r}")
+        for name in ("epochs", "batch", "length", "train_examples", "test_examples"):
+            value = getattr(self, name)
+            allowed = value is None if name.endswith("examples") else False
+            require(allowed or value >= 1, f"{name}: wanted at least 1; got {value}")
+        share = self.switch_share
+        require(share is None or 0 <= share < 1, f"switch_share: wanted 0 to below 1, or None; got {share}")
+        require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
+        require(self.precision in ("fp32", "bf16"), f"precision: wanted 'fp32' or 'bf16'; got {self.precision!r}")
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """Tokenised sentence pairs: what the model takes, each (n, length) int64, and labels (n,)."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        chosen = torch.as_tensor(indices)
+        return {name: x[chosen].to(device) for name, x in self.inputs.items()}, self.labels[chosen].to(device)
+
+    def __len__(self):
+        return len(self.labels)
+
+
+class Images(NamedTuple):
+    """Gray image tokens of a task, which become (b, channels, side, side) pixels batch by batch."""
+
+    split: datasets.Split
+    side: int
+    channels: int
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        tokens, labels = self.split.batch(indices)
+        images = pixels(torch.as_tensor(tokens).to(device), self.side, self.channels)
+        return {"pixel_values": images}, torch.as_tensor(labels).to(device, torch.int64)
+
+    def __len__(self):
+        return len(self.split)
+
+
+Examples = Texts | Images
+
+
+def encode_pairs(tokenizer, pairs: Pairs, length: int) -> Texts:
+    """Pairs of texts as "[CLS] first [SEP] second [SEP]", cut off and padded to `length` tokens."""
+    encoded = tokenizer(
+        pairs.first, pairs.second, truncation=True, padding="max_length", max_length=length, return_tensors="pt"
+    )
+    return Texts(dict(encoded), torch.as_tensor(pairs.labels))
+
+
+def load_data(settings: FineTuning, model: nn.Module) -> tuple[Examples, Examples, Examples, dict]:
+    """Train, dev and test examples as the model takes them, and what a result says of its data."""
+    if settings.kind == "image":
+        splits = datasets.load(settings.data)
+        sizes = model.config.image_size, model.config.num_channels
+        parts = [Images(split, *sizes) for split in (splits.train, splits.dev, splits.test)]
+        return *parts, datasets.provenance(settings.data)
+    splits, tokenizer = load_pairs(settings.data), load_tokenizer(settings.model)
+    parts = [encode_pairs(tokenizer, part, settings.length) for part in (splits.train, splits.dev, splits.test)]
+    return *parts, splits.provenance
+
+
+def class_count(settings: FineTuning) -> int:
+    """Number of classes of the data."""
+    return len(task(settings.data).classes) if settings.kind == "image" else 2
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, examples: Examples, batch: int, device: torch.device, count: int | None = None) -> float:
+    """Share of the first `count` examples (None: all) that the model, put into evaluation mode, classifies right."""
+    model.eval()
+    right, count = 0, len(examples) if count is None else count
+    for start in range(0, count, batch):
+        inputs, labels = examples.batch(np.arange(start, min(start + batch, count)), device)
+        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+    return right / count
+
+
+# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+class FineTuner:
+    """The state of one run, stepped by `train_step`."""
+
+    def __init__(self, settings: FineTuning, device: torch.device):
+        torch.manual_seed(settings.seed)
+        self.settings, self.device = settings, device
+        model = load_model(settings.model, settings.kind, class_count(settings), pretrained=settings.pretrained)
+        self.train, self.dev, self.test, self.provenance = load_data(settings, model)
+        self.examples = min(len(self.train), settings.train_examples or len(self.train))
+        self.chosen = np.random.default_rng(settings.seed).permutation(len(self.train))[: self.examples]
+        self.steps = settings.epochs * (self.examples // settings.batch)
+        require(self.steps > 0, f"batch: wanted at most the {self.examples} training examples; got {settings.batch}")
+        self.model = model.to(device)
+        self.step, self.sat = 0, None
+        if settings.attention == "sat":
+            names = ("block", "density", "theta", "delta", "pruned", "pattern")
+            chosen = {name: getattr(settings, name) for name in names}
+            share = settings.switch_share
+            chosen["switch_at"] = None if share is None else int(share * self.steps)
+            example, _ = self.train.batch(np.arange(2), device)
+            self.sat = SparseAttention(self.model, example, **chosen)
+        self._new_optimiser()
+
+    @property
+    def phase(self) -> str:
+        """ "dense" or "sparse"."""
+        return self.sat.phase if self.sat else "dense"
+
+    def _new_optimiser(self) -> None:
+        parameters = [*self.model.parameters(), *(self.sat.parameters() if self.sat else ())]
+        self.optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], weight_decay=0.01)
+
+    @property
+    def rate(self) -> float:
+        """Of the present step."""
+        warm_up = max(1, self.steps // 10)
+        share = min((self.step + 1) / warm_up, (self.steps - self.step) / max(1, self.steps - warm_up))
+        return self.settings.rate * max(share, 0.0) * (0.5 if self.phase == "sparse" else 1.0)
+
+    def train_step(self, batch: tuple[dict[str, Tensor], Tensor] | None = None) -> dict:
+        """One optimiser step; `batch` None takes the step's own. Returns step, phase, loss (a tensor), and in SAT's
+        dense phase skewness and change_percent of every layer."""
+        inputs, labels = batch or self._batch()
+        self.model.train()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
+        with self._autocast():
+            logits = self.model(**inputs).logits.float()
+        loss = F.cross_entropy(logits, labels)
+        record = {"step": self.step, "phase": self.phase, "loss": loss.detach()}
+        self.optimiser.zero_grad(set_to_none=True)
+        (loss + self.sat.loss() if self.sat else loss).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        if self.sat and self.sat.phase == "dense":
+            if self.sat.step():
+                self._new_optimiser()
+            record["skewness"] = [test.skewness for test in self.sat.tests]
+            record["change_percent"] = [test.change_percent for test in self.sat.tests]
+        self.step += 1
+        return record
+
+    def _batch(self) -> tuple[dict[str, Tensor], Tensor]:
+        indices = batch_indices(self.examples, self.settings.batch, self.step, self.settings.seed)
+        return self.train.batch(self.chosen[indices], self.device)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def evaluate(self, examples: Examples) -> tuple[float, int]:
+        """Share of examples classified right by the model as it is, and their number."""
+        count = min(len(examples), self.settings.test_examples or len(examples))
+        with self._autocast():
+            return accuracy(self.model, examples, 2 * self.settings.batch, self.device, count), count
+
+
+def fine_tune(settings: FineTuning, device: torch.device) -> dict:
+    """Train to the end; accuracies of the last step, and the time of a step like the last ones.
+
+    Raises:
+        InputError: what the model, the data or the settings say.
+        RuntimeError: the loss became NaN or infinite.
+    """
+    tuner = FineTuner(settings, device)
+    records = []
+    while tuner.step < tuner.steps:
+        records.append(tuner.train_step())
+        if tuner.step == tuner.steps or tuner.step % 50 == 0:
+            loss = float(records[-1]["loss"])
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss became {loss} by step {tuner.step}. Lower the rate")
+    learning = [record for record in records if "skewness" in record]
+    (dev_accuracy, _), (test_accuracy, test_examples) = tuner.evaluate(tuner.dev), tuner.evaluate(tuner.test)
+    result = {
+        "dev_accuracy": dev_accuracy,
+        "test_accuracy": test_accuracy,
+        "test_examples": test_examples,
+        "train_examples": tuner.examples,
+        "steps": tuner.steps,
+        "transition_step": tuner.sat.transition_step if tuner.sat else None,
+        "phase": tuner.phase,
+        "losses": [round(float(record["loss"]), 4) for record in records[:: max(1, len(records) // 100)]],
+        "skewness": [[round(value, 3) for value in record["skewness"]] for record in learning],
+        "change_percent": [[_rounded(value) for value in record["change_percent"]] for record in learning],
+        **tuner.provenance,
+    }
+    if tuner.sat and tuner.sat.layouts:
+        result["kept"] = [layout.grid.int().tolist() for layout in tuner.sat.layouts]
+        result["density_kept"] = tuner.sat.layouts[0].density
+        result["mass_kept"] = _mass_kept(tuner)
+    on_cpu = device.type == "cpu"
+    step = partial(tuner.train_step, tuner.train.batch(np.arange(settings.batch), device))
+    timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 5, calls=3 if on_cpu else 30)
+    return result | {"step_ms": timed.median_ms, "step_low_ms": timed.low_ms, "step_high_ms": timed.high_ms}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 2)
+
+
+def _mass_kept(tuner: FineTuner) -> list[float]:
+    """Share of the attention that dense attention would put in the kept blocks, of some test examples, by layer."""
+    inputs, _ = tuner.test.batch(np.arange(min(16, len(tuner.test))), tuner.device)
+    maps = attention_maps(tuner.model, inputs)
+    if "attention_mask" in inputs:
+        maps = [layer * inputs["attention_mask"][:, None, :, None] for layer in maps]  # queries that are padding
+    return [mass_kept(layer.sum((0, 1)), layout) for layer, layout in zip(maps, tuner.sat.layouts, strict=True)]

@@ -1,0 +1,1 @@
+"""The three phases: recipe, transition, steps, and runs with their folders."""
