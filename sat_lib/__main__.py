@@ -252,8 +252,12 @@ def _reproduce_options(parser: argparse.ArgumentParser) -> None:
 def _reproduce(options) -> int:
     if options.figures_only:
         from .experiments.committed import draw_committed
+        from .reproduce.documents import DOCUMENTS, quote
 
-        return draw_committed()
+        status = draw_committed()
+        for name in DOCUMENTS:
+            quote(files.ROOT / name, files.ROOT)
+        return status
     from .reproduce import run
 
     status = run(options.profile, tuple(options.stages), force=options.force, dry_run=options.dry_run)

@@ -10,7 +10,6 @@ from conftest import tiny_config, tiny_splits
 from sat_lib.common import distributed, timing
 from sat_lib.experiments import step_time
 from sat_lib.training import fit
-from sat_lib.training import trainer as runs
 from sat_lib.training.recipe import RunConfig
 from sat_lib.training.trainer import Trainer
 
@@ -21,19 +20,19 @@ CUT = {"average": 3, "switch_at": None, "switch_rule": "gap"}
 
 def outcome(folder: Path, stop_at: int | None = None, **changes) -> dict:
     """A run, and what this process has of it: losses are in its metrics."""
-    models, trainer = [], runs.Trainer
+    models, trainer = [], fit.Trainer
 
     def noted(*arguments):
         made = trainer(*arguments)
         models.append(made.model)  # its end tests others, the best ones
         return made
 
-    runs.Trainer = noted
+    fit.Trainer = noted
     try:
         config, data = tiny_config(**changes), tiny_splits()
         result = fit.fit(config, data, folder, torch.device("cpu"), stop_at=stop_at, progress=False)
     finally:
-        runs.Trainer = trainer
+        fit.Trainer = trainer
     if result is None:
         return {}
     last = fit.load_checkpoint(folder / "last.pt", torch.device("cpu"))["trainer"]

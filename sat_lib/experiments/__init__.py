@@ -12,7 +12,7 @@ from ..common import distributed, files
 from ..common.device import device_name, pick_device
 from ..common.errors import require
 from ..common.sources import source_digest
-from . import kernels, patterns, pretrained
+from . import kernels, patterns, pretrained, step_time
 from .ablations import ablate, ablation_cases, best_cases, diagnose_run, diagnosis_cases
 from .pretrained import fine_tune, finetuning_cases, motivation, motivation_cases, pretrained_step_cases
 from .row_files import (
@@ -28,7 +28,6 @@ from .row_files import (
     append_once,
     describe,
 )
-from .step_time import step_cases, step_time
 from .training import accuracy_cases, data_parallel, data_parallel_cases, short_cases, train, training_cases
 
 # ---- cases to rows ---------------------------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[str], list[dict]], Callable[[dict, Contex
     "ablations": (ablation_cases, ablate),
     "best": (best_cases, ablate),
     "diagnosis": (diagnosis_cases, diagnose_run),
-    "step": (step_cases, step_time),
+    "step": (step_time.step_cases, step_time.step_time),
     "data_parallel": (data_parallel_cases, data_parallel),
     "patterns": (patterns.pattern_cases, patterns.patterns),
     "motivation": (motivation_cases, motivation),

@@ -1,4 +1,4 @@
-"""Figures and tables of the paper scale from committed rows, and the tables that README and REPRODUCE quote."""
+"""Figures and tables of the paper scale from committed rows."""
 
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,6 @@ import pandas as pd
 from .. import experiments, figures
 from ..common import files
 from ..figures import ablations, claims, claims_figure, patterns, pretrained, speed, training
-from ..reproduce.documents import DOCUMENTS, quote
 
 # stage -> experiment whose rows it draws, which of them (None: all), and how
 FIGURES = {
@@ -47,7 +46,7 @@ SUMMARIES |= {"06_best_table": ablations.best_table}
 def draw_committed(root: Path = files.ROOT) -> int:
     """Draw every figure and table that data/results has rows for, and say which it hasn't.
 
-    Also renews the tables quoted in README.md and REPRODUCE.md. Returns the exit status, 0.
+    Returns the exit status, 0.
     """
     for stage, (experiment, only, draw) in FIGURES.items():
         rows = experiments.rows(experiment, "paper", measure=False, only=only, root=root)
@@ -68,8 +67,6 @@ def draw_committed(root: Path = files.ROOT) -> int:
     smoke = files.read_rows(root / "data/results/smoke.jsonl")
     if smoke:
         figures.save_table("smoke", "paper", smoke_table(smoke[-1]), root)
-    for name in DOCUMENTS:
-        quote(root / name, root)
     return 0
 
 

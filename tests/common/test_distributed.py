@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,11 +185,11 @@ def test_what_holds_on_is_released_once_processes_part(monkeypatch):
 def test_an_interrupt_ends_launched_processes():
     program = (
         "import torch, two_processes\n"
-        "from sat_lib import distributed\n"
+        "from sat_lib.common import distributed\n"
         "if __name__ == '__main__':\n"
         "    distributed.launch(2, torch.device('cpu'), two_processes.tell_and_sleep)\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(files.ROOT)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(files.ROOT / "tests"), str(files.ROOT)])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
     assert {started.stdout.readline(), started.stdout.readline()} == {"rank 0 sleeps\n", "rank 1 sleeps\n"}

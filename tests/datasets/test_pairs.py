@@ -13,8 +13,8 @@ from sat_lib import datasets
 from sat_lib.__main__ import main
 from sat_lib.common import files
 from sat_lib.common.errors import InputError
+from sat_lib.datasets import cache, readers, tasks
 from sat_lib.datasets import pairs as sentence_pairs
-from sat_lib.datasets import readers, tasks
 from sat_lib.datasets.downloads import Official
 
 HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
@@ -289,8 +289,8 @@ def invented(monkeypatch):
     made = {split: [say(split, k % 3, k) for k in range(30)] for split in ("train", "dev", "test")}
     made["train"] += [made["test"][0], ("train first\nhalf test 1 1", 1), ("dev 2 é2\nnew", 2), ("oneword" * 9, 0)]
     made["train"] += [("twice twice", 0)]
-    monkeypatch.setattr(datasets, "load", lambda *_: splits_of(made))
-    monkeypatch.setattr(datasets, "provenance", lambda *_: {"data_digest": "0", "data_official": True})
+    monkeypatch.setattr(cache, "load", lambda *_: splits_of(made))
+    monkeypatch.setattr(cache, "provenance", lambda *_: {"data_digest": "0", "data_official": True})
     return sentence_pairs.load_pairs("docstrings")
 
 
@@ -325,7 +325,7 @@ def test_pairs_follow_from_the_seed(invented):
 
 def test_one_docstring_has_no_other(monkeypatch):
     texts = {split: [("one two", 0), (f"{split} four", 1), (f"{split}5 six", 1)] for split in ("train", "dev", "test")}
-    monkeypatch.setattr(datasets, "load", lambda *_: splits_of(texts))
+    monkeypatch.setattr(cache, "load", lambda *_: splits_of(texts))
     with pytest.raises(InputError, match=r"docstrings: wanted 2 or more of library 0 in every split, got 1"):
         sentence_pairs.load_pairs("docstrings")
 

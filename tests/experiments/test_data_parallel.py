@@ -159,7 +159,7 @@ def test_data_that_are_not_there_are_told_before_any_process_starts(monkeypatch,
     def load(name, **_):
         raise InputError(f"task {name} is not prepared")
 
-    monkeypatch.setattr(experiments.datasets, "load", load)
+    monkeypatch.setattr(training_experiment.datasets, "load", load)
     context = row_files.Context("paper", torch.device("cpu"), tmp_path, "code")
     case = {"sweep": "training", "processes": 2} | training_experiment.run_case("cifar10", "sat", 0, "paper")
     with pytest.raises(InputError, match="task cifar10 is not prepared"):

@@ -8,8 +8,9 @@ from sat_lib.__main__ import main
 from sat_lib.attention import reference
 from sat_lib.attention.layout import BlockLayout
 from sat_lib.common import files
-from sat_lib.experiments import committed, kernels, row_files
+from sat_lib.experiments import committed, kernels, row_files, step_time
 from sat_lib.figures import speed
+from sat_lib.reproduce import documents
 from sat_lib.training.recipe import run_config
 
 pytestmark = [
@@ -162,6 +163,7 @@ def test_bench_prints_the_summary_and_the_table_is_drawn_once_there_are_rows(tmp
     assert "kernels 8/8" in printed and "sparse_softmax_backward" in printed and "TB/s" in printed
     assert committed.draw_committed(tmp_path) == 0
     table = (tmp_path / "figures/paper/kernels.md").read_text()
+    documents.quote(tmp_path / "README.md", tmp_path)
     assert table in (tmp_path / "README.md").read_text()
     assert "| fused | float32, TF32 |" in table and "| fused | float32 |" in table and "forward only" in table
 
@@ -183,9 +185,9 @@ def test_summary_compares_with_sdpa_and_the_best_flex_of_the_shape():
 
 
 def test_a_step_of_the_preset_best_is_timed_in_the_sparse_phase_with_its_average(tmp_path, monkeypatch):
-    timed, time_calls = [], experiments.timing.time_calls
+    timed, time_calls = [], step_time.timing.time_calls
     note = lambda step, *places, **settings: timed.append(step.func.__self__) or time_calls(step, *places, **settings)
-    monkeypatch.setattr(experiments.timing, "time_calls", note)
+    monkeypatch.setattr(step_time.timing, "time_calls", note)
     only = {"task": "cifar10", "kind": "sat, best"}
     (row,) = experiments.rows("step", "smoke", device="cpu", only=only, root=tmp_path).itertuples()
     (trainer,) = timed

@@ -227,7 +227,7 @@ def four_gpus(monkeypatch):
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    monkeypatch.setattr(sweep.timing, "pick_device", torch.device)
+    monkeypatch.setattr(sweep, "pick_device", torch.device)
     monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _pid: range(24), raising=False)
     monkeypatch.setattr(submitit, "LocalExecutor", Recorded)
     return seen

@@ -57,7 +57,8 @@ def lab(tmp_path):
     folder, settings = tmp_path / "notebooks", tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     folder.mkdir()
     (folder / "maps.py").write_text(SOURCE)
-    cell = nbformat.v4.new_code_cell("from maps import Maps\nfrom sat_lib.explore import widget\n\nwidget(Maps())")
+    code = "from maps import Maps\nfrom sat_lib.explorer.widget import widget\n\nwidget(Maps())"
+    cell = nbformat.v4.new_code_cell(code)
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "small.ipynb")
     settings.mkdir(parents=True)

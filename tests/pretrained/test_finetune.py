@@ -213,7 +213,7 @@ def test_pretrained_step(architecture, attention, monkeypatch):
             return BertForSequenceClassification(BertConfig(**sizes, vocab_size=50))
         return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4))
 
-    monkeypatch.setattr(finetune, "_architecture", small)
+    monkeypatch.setattr(pretrained_experiment, "_architecture", small)
     density = 0.5 if attention == "sat, sparse phase" else None
     sizes = {"batch": 2, "length": 40, "layers": 2, "block": 16, "precision": "fp32"}
     case = {"architecture": architecture, "attention": attention, "density": density, **sizes}

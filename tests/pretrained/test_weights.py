@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,10 +265,11 @@ def hub(monkeypatch):
 def fetch(checkout) -> subprocess.Popen:
     """`weights.folder("org/tiny")` in another process, which reads huggingface_hub's environment anew."""
     program = (
-        f"import pathlib; from sat_lib import files, weights; files.ROOT = pathlib.Path({str(checkout)!r}); "
+        "import pathlib; from sat_lib.common import files; from sat_lib.pretrained import weights; "
+        f"files.ROOT = pathlib.Path({str(checkout)!r}); "
         "print(weights.folder('org/tiny'))"
     )
-    environment = os.environ | {"HF_HOME": str(checkout / "home"), "PYTHONPATH": str(Path(weights.__file__).parents[1])}
+    environment = os.environ | {"HF_HOME": str(checkout / "home"), "PYTHONPATH": str(files.ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
 

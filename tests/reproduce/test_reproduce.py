@@ -1,10 +1,10 @@
 """Notebooks x profile: what runs again and why, what counts as a run, and what is left after a kill."""
 
+import ast
 import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +25,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 WRITE = """\
 from pathlib import Path
 from PIL import Image
-from sat_lib.files import write_json
+from sat_lib.common.files import write_json
 figures = Path("../figures") / profile
 (figures / "a.csv").write_text("step,loss\\n1,0.5\\n")
 (figures / "a.pdf").write_bytes(b"%PDF-1.4\\n%%EOF\\n")
@@ -57,7 +57,7 @@ def write_cell(name: str) -> str:
 def finished(tmp_path_factory) -> Path:
     """A root whose only stage ran once, with what it printed in `printed`."""
     root = tmp_path_factory.mktemp("finished")
-    put_notebook(root, "a", WRITE, "from sat_lib import errors")
+    put_notebook(root, "a", WRITE, "from sat_lib.common import errors")
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", printed)
@@ -80,7 +80,7 @@ def dry_run(root: Path, capsys, *stages: Stage) -> list[str]:
 
 
 def script(root: Path, *stages: Stage) -> list[str]:
-    code = "import signal, sys\nfrom sat_lib.reproduce import Stage, run\n"
+    code = "import signal, sys\nfrom sat_lib.reproduce import run\nfrom sat_lib.reproduce.stages import Stage\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job of `sh -c '... &'` inherits it ignored
     return [sys.executable, "-c", code + f"status = run(root={str(root)!r}, stages={stages!r})\nsys.exit(status)"]
 
@@ -127,16 +127,16 @@ def test_up_to_date_is_fast_and_imports_nothing_heavy(root):
 
 
 def test_changed_cells_are_named(root, capsys):
-    put_notebook(root, "a", WRITE + "# more", "from sat_lib import errors")
+    put_notebook(root, "a", WRITE + "# more", "from sat_lib.common import errors")
     assert dry_run(root, capsys) == ["a: would run, about 0.1 min", "cell 3 changed"]
-    put_notebook(root, "a", WRITE, "print(1)", "from sat_lib import errors")
+    put_notebook(root, "a", WRITE, "print(1)", "from sat_lib.common import errors")
     assert dry_run(root, capsys)[1:] == ["cell 4 is new"]
-    put_notebook(root, "a", "from sat_lib import errors", parameters='profile = "smoke"\nx = 1  # a remark')
-    assert dry_run(root, capsys)[1:] == ["the earlier cell 3 is gone", "sat_lib/files.py is gone"]
+    put_notebook(root, "a", "from sat_lib.common import errors", parameters='profile = "smoke"\nx = 1  # a remark')
+    assert dry_run(root, capsys)[1:] == ["the earlier cell 3 is gone", "sat_lib/common/files.py is gone"]
 
 
 def test_changed_parameters_are_named(root, capsys):
-    put_notebook(root, "a", WRITE, "from sat_lib import errors", parameters='profile = "smoke"\nx = 2\ny = "z"')
+    put_notebook(root, "a", WRITE, "from sat_lib.common import errors", parameters='profile = "smoke"\nx = 2\ny = "z"')
     assert dry_run(root, capsys)[1:] == ["parameter x: 1 -> 2", "parameter y: absent -> 'z'"]
 
 
@@ -163,21 +163,28 @@ def test_a_changed_sat_lib_file_is_named_and_others_do_not_count(root):
     shutil.copytree(files.ROOT / "sat_lib", root / "sat_lib", ignore=shutil.ignore_patterns("__pycache__"))
     command = script(root, A)
     command[-1] = command[-1].replace("run(root", "run(dry_run=True, root")
-    for name in ("reproduce", "timing", "errors", "files"):
+    for name in ("reproduce/__init__", "common/timing", "common/errors", "common/files"):
         with (root / f"sat_lib/{name}.py").open("a") as file:
             file.write("# changed\n")
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     reasons = [line.strip() for line in done.stdout.splitlines()[1:]]
-    assert reasons == ["sat_lib/errors.py changed", "sat_lib/files.py changed"]
+    assert reasons == ["sat_lib/common/errors.py changed", "sat_lib/common/files.py changed"]
 
 
 def test_imports_that_name_no_module_count_the_whole_package(tmp_path):
     put_notebook(tmp_path, "a", "from sat_lib import SomePublicName")
     sources = stage_key(A, Place(tmp_path, "smoke"))["sources"]
-    modules = {path.name for path in (files.ROOT / "sat_lib").glob("*.py")}
-    uncounted = {"reproduce.py", "stages.py", "notebook_run.py", "__main__.py"}
-    assert modules - uncounted <= {Path(name).name for name in sources}
-    assert "sat_lib/reproduce.py" not in sources
+    package = files.PACKAGE
+    written = {path for path in package.rglob("*.py") if path.name != "__main__.py" and path.parent.name != "reproduce"}
+    assert {str(path.relative_to(files.ROOT)) for path in written} <= sources.keys()
+    assert "sat_lib/reproduce/stages.py" not in sources
+
+
+def test_a_public_name_counts_what_it_is_made_of(tmp_path):
+    put_notebook(tmp_path, "a", "from sat_lib import BlockLayout")
+    sources = stage_key(A, Place(tmp_path, "smoke"))["sources"]
+    assert {"sat_lib/__init__.py", "sat_lib/attention/layout.py", "sat_lib/csrc/attention.cu"} <= sources.keys()
+    assert "sat_lib/training/fit.py" not in sources
 
 
 def test_committed_rows_count_at_the_paper_profile_only(tmp_path):
@@ -193,7 +200,7 @@ def test_committed_rows_count_at_the_paper_profile_only(tmp_path):
 
 def test_rows_that_a_stage_measures_itself_do_not_make_it_stale(tmp_path, capsys):
     stage = Stage("a", ("a.csv",), "", 1, rows=("data/results/a.jsonl",))
-    measure = 'from sat_lib.files import append_row\nappend_row("../data/results/a.jsonl", {"time_ms": 1})'
+    measure = 'from sat_lib.common.files import append_row\nappend_row("../data/results/a.jsonl", {"time_ms": 1})'
     put_notebook(tmp_path, "a", measure, write_cell("a.csv"))
     assert reproduce.run("paper", root=tmp_path, stages=(stage,)) == 0
     assert reproduce.run("paper", root=tmp_path, stages=(stage,)) == 0
@@ -275,15 +282,17 @@ def test_a_stage_is_made_of_every_module_that_its_imports_load():
     imports = {}
     for stage in reproduce.STAGES:
         path = files.ROOT / "notebooks" / f"{stage.name}.ipynb"
-        lines = [x for cell in json.loads(path.read_text())["cells"] for x in "".join(cell["source"]).splitlines()]
-        imports[stage.name] = "\n".join(line for line in lines if re.match(r"(from|import) sat_lib\b", line))
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        nodes = [node for cell in cells for node in ast.parse("".join(cell["source"])).body]
+        lines = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        imports[stage.name] = "\n".join(line for line in lines if "sat_lib" in line)
     command = [sys.executable, "-c", LOADED]
     done = subprocess.run(command, input=json.dumps(imports), stdout=subprocess.PIPE, text=True, cwd=files.ROOT)
     loaded = dict(map(json.loads, done.stdout.splitlines()))
     assert loaded.keys() == imports.keys()
     for stage in reproduce.STAGES:
         paths = {str(Path(name).relative_to(files.ROOT)) for name in loaded[stage.name]}
-        missing = paths - {"sat_lib/__init__.py"} - stage_key(stage, Place(files.ROOT, "smoke"))["sources"].keys()
+        missing = paths - stage_key(stage, Place(files.ROOT, "smoke"))["sources"].keys()
         assert len(paths) > 10 and not missing, stage.name
 
 

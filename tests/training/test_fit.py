@@ -71,15 +71,15 @@ KILLED = """
     import os, signal
     from pathlib import Path
     from conftest import tiny_config, tiny_splits
-    from sat_lib import runs, train
+    from sat_lib.training import fit as runs
     import torch
     runs.CHECKPOINT_SECONDS = 0
-    step = train.Trainer.train_step
+    step = runs.Trainer.train_step
     def step_or_die(self):
         if self.step == {at}:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self)
-    train.Trainer.train_step = step_or_die
+    runs.Trainer.train_step = step_or_die
     torch.set_num_threads({threads})
     runs.fit(tiny_config(), tiny_splits(), Path({folder!r}), torch.device("cpu"), progress=False)
 """
@@ -88,7 +88,7 @@ KILLED = """
 def test_kill_9_in_the_middle_and_started_again_gives_the_same_run(tmp_path):
     whole = run(tmp_path / "whole")
     settings = {
-        "paths": [str(Path(__file__).parent), str(files.ROOT)], "at": 7, "folder": str(tmp_path / "killed"),
+        "paths": [str(files.ROOT / "tests"), str(files.ROOT)], "at": 7, "folder": str(tmp_path / "killed"),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     code = textwrap.dedent(KILLED.format(**settings))

@@ -414,10 +414,10 @@ def test_a_signals_pattern_is_measured_on_training_examples_at_the_transition(na
 
 
 def test_a_signal_is_measured_on_so_many_examples_drawn_by_seed_and_step(monkeypatch):
-    monkeypatch.setattr("sat_lib.training.recipe.PROBE_EXAMPLES", 10)
+    monkeypatch.setattr("sat_lib.training.trainer.PROBE_EXAMPLES", 10)
     seen = []
     measure = lambda model, name, tokens, labels, seed: seen.append(tokens) or torch.zeros(2, 2, 8, 8)
-    monkeypatch.setattr("sat_lib.training.saliency.block_signal", measure)
+    monkeypatch.setattr("sat_lib.training.trainer.block_signal", measure)
     for settings in ({}, {}, {"seed": 1}, {"switch_at": 3}):
         steps(trainer(pattern="taylor", **settings), 5)
     first, again, *others = seen
