@@ -241,29 +241,28 @@ def _print_kernels(frame, options) -> int:
 
 def _reproduce_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stages", nargs="*", help="names or beginnings of names, such as 03; default: all")
-    parser.add_argument("--profile", default="smoke", help="smoke (default): on a laptop; paper: GPU and real data")
+    parser.add_argument("--profile", help="smoke (default): on a laptop; paper: GPU and real data")
     parser.add_argument("--force", action="store_true", help="run stages that are up to date too")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and why")
-    parser.add_argument("--figures-only", action="store_true", help="draw from the committed rows, measure nothing")
+    drawing = "measure nothing, draw the rows that are there (profile: paper, unless told)"
+    parser.add_argument("--figures-only", action="store_true", help=drawing)
     parser.add_argument("--record", action="store_true", help="append the stages' times to data/results")
     parser.set_defaults(run=_reproduce)
 
 
 def _reproduce(options) -> int:
-    if options.figures_only:
-        from .experiments.committed import draw_committed
-        from .reproduce.documents import DOCUMENTS, quote
+    from .reproduce import run
+    from .reproduce.documents import DOCUMENTS, quote
 
-        status = draw_committed()
+    how = {"force": options.force, "dry_run": options.dry_run, "draw_only": options.figures_only}
+    profile = options.profile or ("paper" if options.figures_only else "smoke")
+    status = run(profile, tuple(options.stages), **how)
+    if options.figures_only and not options.dry_run and status == 0:
         for name in DOCUMENTS:
             quote(files.ROOT / name, files.ROOT)
-        return status
-    from .reproduce import run
-
-    status = run(options.profile, tuple(options.stages), force=options.force, dry_run=options.dry_run)
     if options.record and status == 0:
-        summary = json.loads((files.ROOT / "figures" / options.profile / "summary.json").read_text())
-        files.append_row(files.ROOT / "data" / "results" / f"{options.profile}.jsonl", summary)
+        summary = json.loads((files.ROOT / "figures" / profile / "summary.json").read_text())
+        files.append_row(files.ROOT / "data" / "results" / f"{profile}.jsonl", summary)
     return status
 
 

@@ -77,13 +77,14 @@ def save(
     """Write <stage>.pdf, .png, .csv and .json to figures/<profile>, each whole or not at all.
 
     Args:
-        drawn: what the figure shows. rows: the rows it comes from, as `experiments.rows` returns them.
+        profile: where it goes. drawn: what the figure shows. rows: the rows it comes from, as `experiments.rows`
+            returns them; of another profile where `rows.attrs["profile"]` says so.
 
-    A figure of the smoke profile says so on its face; one with missing cases says how many.
+    A figure of rows of the smoke profile says so on its face; one with missing cases says how many.
     """
     require(len(rows) > 0, f"rows: there are none for {stage} at the {profile} profile; nothing to draw")
-    folder, said = Path(root) / "figures" / profile, provenance(profile, rows)
-    face = textwrap.fill(_face(profile, said), int(16 * figure.get_figwidth()))  # 16 letters of 7 pt to the inch
+    folder, said = Path(root) / "figures" / profile, provenance(rows.attrs.get("profile", profile), rows)
+    face = textwrap.fill(_face(said), int(16 * figure.get_figwidth()))  # 16 letters of 7 pt to the inch
     figure.supxlabel(face, fontsize=7, color="0.35")
     written = []
     for kind, settings in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {})):
@@ -130,9 +131,9 @@ def provenance(profile: str, rows: pd.DataFrame) -> dict:
     }
 
 
-def _face(profile: str, said: dict) -> str:
+def _face(said: dict) -> str:
     text = f"{', '.join(said['device'])}; PyTorch {', '.join(said['torch'])}"
-    if profile == "smoke":
+    if said["profile"] == "smoke":
         text = f"smoke profile, not the paper's set-up: small runs on {text}"
     if said["official_data"] is False:
         text += "; data without the official archive's checksum"

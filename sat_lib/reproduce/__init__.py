@@ -37,10 +37,16 @@ def _figure(
     figures: tuple[str, ...] = (),
     experiments: tuple[str, ...] = (),
 ) -> Stage:
-    outputs = [f"{figure}.{kind}" for figure in (name, *figures) for kind in ("pdf", "png", "csv", "json")]
-    outputs += [f"{table}.{kind}" for table in tables for kind in ("csv", "md")]
+    """A notebook that draws a figure of its own name, others besides, and tables, from the rows of experiments."""
     rows = tuple(f"data/results/{experiment}.jsonl" for experiment in experiments or (name[3:],))
-    return Stage(name, tuple(outputs), look, minutes, rows=rows)
+    outputs = _outputs((name, *figures), tables)
+    return Stage(name, outputs, look, minutes, rows=rows, reads=("data/published.toml",))
+
+
+def _outputs(figures: tuple[str, ...], tables: tuple[str, ...]) -> tuple[str, ...]:
+    """The files of some figures and tables."""
+    drawn = [f"{figure}.{kind}" for figure in figures for kind in ("pdf", "png", "csv", "json")]
+    return (*drawn, *(f"{table}.{kind}" for table in tables for kind in ("csv", "md")))
 
 
 STAGES = (
@@ -63,6 +69,9 @@ STAGES = (
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
         5,
         "03_accuracy_table",
+        "03_accuracy_short_table",
+        figures=("03_accuracy_short",),
+        experiments=("accuracy", "accuracy_short"),
     ),
     _figure(
         "04_step_time",
@@ -76,6 +85,7 @@ STAGES = (
         "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, "
         "SpMM 2.3).",
         1,
+        "kernels",
         experiments=("kernels",),
     ),
     _figure(
@@ -88,8 +98,9 @@ STAGES = (
         "06_ablations_table",
         "06_switch_table",
         "06_diagnosis_table",
+        "06_best_table",
         figures=("06_diagnosis",),
-        experiments=("ablations", "diagnosis", "best"),
+        experiments=("ablations", "diagnosis", "best", "accuracy", "accuracy_short"),
     ),
     _figure(
         "07_scaling",
@@ -118,6 +129,13 @@ STAGES = (
         "09_finetuning_steps",
         experiments=("finetuning", "pretrained_step"),
     ),
+    Stage(
+        "10_claims",
+        _outputs(("verdicts_figure",), ("verdicts", "verdicts_short", "smoke")),
+        "Which of the paper's claims hold, by the committed rows: our gains and ratios beside the published ones.",
+        0.5,
+        reads=("data/results/*.jsonl", "data/*.toml"),
+    ),
 )
 
 
@@ -126,6 +144,7 @@ def run(
     only: tuple[str, ...] = (),
     force: bool = False,
     dry_run: bool = False,
+    draw_only: bool = False,
     root: Path = files.ROOT,
     stages: tuple[Stage, ...] = STAGES,
     parameters: dict | None = None,
@@ -137,21 +156,22 @@ def run(
         only: names of stages, or beginnings of them such as "03"; all without it.
         force: run stages that are up to date too.
         dry_run: only say what would run and why.
+        draw_only: measure nothing; the notebooks draw and check the rows that are there. A state of its own.
         root: the folder that holds notebooks, data, figures and runs.
-        parameters: values for the notebooks' parameters, such as {"measure": False}; another value makes stale.
+        parameters: values for the notebooks' parameters, such as {"device": "cpu"}; another value makes stale.
 
     Raises:
         InputError: an unknown profile or stage, a notebook that breaks the rules of `stages.stage_key`, or another
             run of this profile is going on.
     """
     require(profile in PROFILES, f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
-    chosen, place = _choose(only, stages), Place(Path(root), profile, parameters or {})
+    chosen, place = _choose(only, stages), Place(Path(root), profile, parameters or {}, draw_only)
     if dry_run:
-        return _print_plan({stage: place.why_stale(stage, force) for stage in chosen})
+        return _print_plan(place, {stage: place.why_stale(stage, force) for stage in chosen})
     with files.lock(place.runs / "lock", f"reproduce --profile {profile}"):
         _prepare(place)
         why = {stage: place.why_stale(stage, force) for stage in chosen}
-        if not any(why.values()) and (place.figures / "summary.json").exists():
+        if not any(why.values()) and (draw_only or (place.figures / "summary.json").exists()):
             print("everything is up to date")
             for stage in chosen:
                 _warn_of_environment(place, stage)
@@ -166,9 +186,9 @@ def _choose(only: tuple[str, ...], stages: tuple[Stage, ...]) -> list[Stage]:
     return [stage for stage in stages if not only or stage.name.startswith(tuple(only))]
 
 
-def _print_plan(why: dict[Stage, list[str]]) -> int:
+def _print_plan(place: Place, why: dict[Stage, list[str]]) -> int:
     for stage, reasons in why.items():
-        verdict = f"would run, about {stage.minutes:g} min" if reasons else "up to date"
+        verdict = f"would run, about {place.minutes(stage):g} min" if reasons else "up to date"
         print("\n    ".join([f"{stage.name}: {verdict}", *reasons]))
     return 0
 
@@ -187,7 +207,7 @@ def _prepare(place: Place) -> None:
 
 
 def _run_stages(place: Place, why: dict[Stage, list[str]], stages: tuple[Stage, ...]) -> int:
-    minutes = sum(stage.minutes for stage, reasons in why.items() if reasons)
+    minutes = sum(place.minutes(stage) for stage, reasons in why.items() if reasons)
     print(f"{sum(map(bool, why.values()))} of {len(why)} stages to run, about {minutes:g} min", flush=True)
     known = sorted({name for stage in stages for name in stage.outputs})
     failed = []
@@ -203,7 +223,8 @@ def _run_stages(place: Place, why: dict[Stage, list[str]], stages: tuple[Stage, 
             print(f"\n{stage.name} was cut off; the same command goes on from here", flush=True)
             return 130
         failed += [] if succeeded else [stage.name]
-    _summarise(place, stages)
+    if not place.draw_only:  # its seconds say nothing of how long measuring takes
+        _summarise(place, stages)
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)
     return 1 if failed else 0
@@ -230,7 +251,7 @@ def _run_stage(place: Place, stage: Stage, label: str, known: list[str]) -> bool
         "known": known,
     }
     started = time.monotonic()
-    process = notebook.start(job, work, log, files.digest(key))
+    process = notebook.start(job, work, log, None if place.draw_only else files.digest(key))
     try:
         _watch(process, label, log, started)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # ---- the parent's side -----------------------------------------------------------------------------------------------
 
 
-def start(job: dict, work: Path, log: Path, stage_digest: str) -> subprocess.Popen:
+def start(job: dict, work: Path, log: Path, stage_digest: str | None) -> subprocess.Popen:
     """Start the child that executes a notebook; it and its kernel end when this process does.
 
     Args:
@@ -34,7 +34,8 @@ def start(job: dict, work: Path, log: Path, stage_digest: str) -> subprocess.Pop
             (names that it has to write there), `known` (names there that may be written besides).
         work: an empty folder for the job, the executed notebook and the report.
         log: file for everything that the notebook prints.
-        stage_digest: handed to the notebook as `SAT_LIB_STAGE`, for the provenance stamp of what it writes.
+        stage_digest: handed to the notebook as `SAT_LIB_STAGE`, for the provenance stamp of what it writes; None: a
+            figure drawn from committed rows is stamped with these alone.
     """
     bin_folder = Path(sys.executable).parent
     files.write_json(work / "job.json", {**job, "log": str(log), "parent": os.getpid()})
@@ -43,8 +44,10 @@ def start(job: dict, work: Path, log: Path, stage_digest: str) -> subprocess.Pop
         "PYTHONPATH": os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")])),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "IPYTHONDIR": str(work / "ipython"),  # no start-up files of the user
-        "SAT_LIB_STAGE": stage_digest,
     }
+    environment.pop("SAT_LIB_STAGE", None)
+    if stage_digest is not None:
+        environment["SAT_LIB_STAGE"] = stage_digest
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
     with log.open("ab") as output:

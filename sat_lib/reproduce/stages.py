@@ -28,7 +28,7 @@ LAST_RUN = {"running": "was cut off", "failed": "failed", "changed": "was overta
 class Stage:
     """One notebook: the files it writes to figures/<profile>, what to look at there, about how long it takes.
 
-    `rows` are the files (glob patterns from the root) that it reads at the paper profile.
+    `rows` are the files (glob patterns from the root) that it reads at the paper profile, `reads` at any.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Stage:
     look: str
     minutes: float
     rows: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,26 @@ class Place:
     root: Path
     profile: str
     parameters: dict = field(default_factory=dict)  # given to every notebook beside the profile
+    draw_only: bool = False  # measure nothing: figures from the rows that are there
 
     @property
     def given(self) -> dict:
         """The parameters that every notebook is run with."""
-        return {**self.parameters, "profile": self.profile}
+        return {**self.parameters, "profile": self.profile} | ({"measure": False} if self.draw_only else {})
 
     @property
     def runs(self) -> Path:
         """What running leaves behind; not committed."""
-        return self.root / "runs" / self.profile
+        return self.root / "runs" / (f"{self.profile}-figures" if self.draw_only else self.profile)
 
     @property
     def figures(self) -> Path:
         """Where the notebooks write."""
         return self.root / "figures" / self.profile
+
+    def minutes(self, stage: Stage) -> float:
+        """About how long the stage takes."""
+        return 0.25 if self.draw_only else stage.minutes
 
     def notebook(self, stage: Stage) -> Path:
         """The notebook as it is committed, without outputs."""
@@ -123,7 +129,8 @@ def stage_key(stage: Stage, place: Place) -> dict:
     require(not unknown, f"{path}: no parameter {', '.join(unknown)}; its parameters are {', '.join(parameters)}")
     cells[tagged[0]]["source"] = ""  # its values count, not how they are written
     sources = _sources(trees.values())
-    rows = {row for pattern in stage.rows for row in place.root.glob(pattern)} if place.profile == "paper" else ()
+    patterns = stage.reads + (stage.rows if place.profile == "paper" else ())
+    rows = {row for pattern in patterns for row in place.root.glob(pattern)}
     return {
         "cells": [files.digest([cell["cell_type"], _tags(cell), cell["source"]]) for cell in cells],
         "parameters": {name: repr(value) for name, value in {**parameters, **place.given}.items()},
