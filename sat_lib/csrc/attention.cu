@@ -16,7 +16,9 @@
 
 #include <type_traits>
 
-#include "common.cuh"
+#include "block_lists.cuh"
+#include "mma.cuh"
+#include "online_softmax.cuh"
 
 namespace sat {
 namespace {

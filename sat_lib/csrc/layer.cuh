@@ -7,7 +7,7 @@
 // gradients, and keep them in registers from tile to tile.
 #pragma once
 
-#include "common.cuh"
+#include "mma.cuh"
 
 namespace sat {
 

@@ -10,7 +10,8 @@
 // Plan: a warp owns 16 M rows (transposed: columns) of one head's map and walks through their kept blocks, 8 N entries
 // of a row at a time, 16 bytes a lane wherever the block is wide enough.
 
-#include "common.cuh"
+#include "block_lists.cuh"
+#include "mma.cuh"
 
 namespace sat {
 namespace {

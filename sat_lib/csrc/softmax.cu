@@ -8,7 +8,8 @@
 // Plan: a warp owns 8 rows of one block row, a quad of lanes each. It reads them twice, 16 bytes a lane: once for the
 // sums, once, from L1, to write. No number is kept in between, so a row may be as long as it likes.
 
-#include "common.cuh"
+#include "block_lists.cuh"
+#include "mma.cuh"
 
 namespace sat {
 namespace {

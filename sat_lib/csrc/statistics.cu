@@ -9,7 +9,9 @@
 // exponential is computed twice and nothing of size L x L is written per head. finish_kernel adds up the shares in
 // order, which makes the result repeatable, and pools.
 
-#include "common.cuh"
+#include "block_lists.cuh"
+#include "mma.cuh"
+#include "online_softmax.cuh"
 
 namespace sat {
 namespace {

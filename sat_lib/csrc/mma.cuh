@@ -1,4 +1,4 @@
-// The parts that all kernels are made of: a warp multiplies small matrices with mma.sync straight from global memory.
+// Small matrices in one warp's registers: loads, products with mma.sync straight from global memory, stores.
 //
 // Operands need no shared memory, because a product doesn't care in which order its contraction index runs, nor a
 // result in which order its columns stand. A lane (g = lane / 4, t = lane % 4) reads 16-byte pieces of row g; what
@@ -19,10 +19,8 @@
 
 namespace sat {
 
-constexpr int kWarps = 4;  // of a thread block, at most; each works alone
-constexpr int kThreads = 32 * kWarps;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+// ---- lanes ----------------------------------------------------------------------------------------------------------
+
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Lane {
@@ -34,14 +32,27 @@ struct Piece {
   uint32_t w[4];
 };
 
+// Over a quad, the lanes that share g and with it the rows of a result.
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+// ---- number formats -------------------------------------------------------------------------------------------------
+
+constexpr float kLog2e = 1.4426950408889634f;
+
 // 2^x in one instruction, to 2^-22; exp2f would spend four on results below 2^-126.
 __device__ inline float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-
-// ---- number formats -------------------------------------------------------------------------------------------------
 
 struct Bf16 {
   static constexpr int kBytes = 2;
@@ -417,148 +428,6 @@ __device__ inline void store_sums(const Matrix& out, int row, const Sums<M, P>& 
     }
     if (out.inside(row, byte)) store<F>(out.at(row, byte), x);
   }
-}
-
-// ---- which part of the work -----------------------------------------------------------------------------------------
-
-// This warp's rows of one head, of the grid (thread blocks of a head, heads, batch): thread blocks of one head are
-// neighbours, so that they share its data in L2.
-struct Tile {
-  unsigned b, h;
-  int first;
-
-  // `part`: which of the head's thread blocks.
-  __device__ Tile(int part, int rows) : b(blockIdx.z), h(blockIdx.y) {
-    first = (part * static_cast<int>(blockDim.x / 32) + static_cast<int>(threadIdx.x) / 32) * rows;
-  }
-  __device__ int64_t head(const Shape& shape) const { return int64_t{b} * shape.heads + h; }
-  __device__ const uint8_t* mask(const uint8_t* masks, int keys) const { return masks ? masks + int64_t{b} * keys : masks; }
-};
-
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Warps of a thread block: those of one block row, whose lists are equally long. A thread block keeps its place on the
-// multiprocessor until its last warp is done, so warps of unlike lists had better not share one.
-inline int warps_of(const Layout& layout, int rows) { return min(max(layout.block / rows, 1), kWarps); }
-
-inline dim3 grid_of(const Shape& shape, int parts) {
-  return dim3(parts, static_cast<unsigned>(shape.heads), static_cast<unsigned>(shape.batch));
-}
-
-// Kept blocks of one block row or column of one head: places begin .. end of the lists.
-struct List {
-  int begin, end;
-  __device__ List(const int* offsets, const Layout& layout, int lists, unsigned h, int index) {
-    const int place = (layout.per_head ? h * lists : 0) + index;
-    begin = __ldg(offsets + place);
-    end = __ldg(offsets + place + 1);
-  }
-};
-
-// Walks through a list of kept blocks, their number one step ahead: entries start .. end along the other axis.
-struct Walk {
-  const int* blocks;
-  int i, last, block_log2, block, length, ahead, start, end;
-
-  __device__ Walk(const List& list, const int* blocks, const Layout& layout, int length)
-      : blocks(blocks), i(list.begin), last(list.end), block_log2(layout.block_log2), block(layout.block),
-        length(length), ahead(0) {
-    if (i < last) ahead = __ldg(blocks + i);
-  }
-  __device__ bool go_on() {
-    start = ahead << block_log2;
-    end = min(start + block, length);
-    if (i + 1 < last) ahead = __ldg(blocks + i + 1);
-    return i < last;
-  }
-  __device__ void next() { ++i; }
-};
-
-// The (b, b) values of the kept block at place `i` of the row lists.
-template <class F>
-__device__ inline char* block_values(char* values, const Layout& layout, const Shape& shape, unsigned b, unsigned h, int i) {
-  const int64_t blocks = layout.per_head ? layout.kept : int64_t{layout.kept} * shape.heads;
-  const int64_t place = b * blocks + (layout.per_head ? 0 : int64_t{layout.kept} * h) + i;
-  return values + ((place << (2 * layout.block_log2)) * F::kBytes);
-}
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
-}
-
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
-}
-
-// Keys that a query of this block row does not keep, from its list (whose columns ascend).
-__device__ inline int pruned_keys(const List& list, const Layout& layout, int keys) {
-  const int size = list.end - list.begin, missing = layout.columns * layout.block - keys;
-  int kept = size * layout.block;
-  if (missing > 0 && size > 0 && __ldg(layout.row_columns + list.end - 1) == layout.columns - 1) kept -= missing;
-  return keys - kept;
-}
-
-// Running maximum and sum of a row's weights in base 2; a quad of lanes shares the maximum, each has its own sum.
-struct RunningSoftmax {
-  float peak, total;
-
-  __device__ void start(float pruned, Lane lane) {
-    peak = pruned > 0 ? 0 : -1e30f;  // not -inf, whose difference from itself is no number
-    total = lane.t == 0 ? pruned : 0;
-  }
-  // Take up a chunk whose maximum is `highest`; returns what the sums so far must be multiplied with.
-  __device__ float raise(float highest) {
-    const float higher = fmaxf(peak, highest), factor = power_of_two(peak - higher);
-    peak = higher;
-    total *= factor;
-    return factor;
-  }
-  // Natural logarithm of the sum; +inf where there was nothing, so that exp(score - lse) is 0.
-  static __device__ float lse(float peak, float whole) { return whole > 0 ? (peak + __log2f(whole)) * kLn2 : INFINITY; }
-};
-
-// Scores of keys that don't exist or are padding become -inf. Columns of the chunk are keys.
-template <int M, int N>
-__device__ inline void mask_keys(float (&scores)[M][N][4], const uint8_t* mask, int first, int keys, Lane lane) {
-  if (mask == nullptr && first + 8 * N <= keys) return;
-#pragma unroll
-  for (int j = 0; j < N; ++j)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = first + held_column<N>(j, lane.t) + i;
-      if (key < keys && (mask == nullptr || __ldg(mask + key))) continue;
-#pragma unroll
-      for (int m = 0; m < M; ++m) scores[m][j][i] = scores[m][j][2 + i] = -INFINITY;
-    }
-}
-
-// p = 2^(scale score), scale > 0, relative to the row's running maximum, in place; returns the factors for older sums.
-template <int M, int N>
-__device__ inline void soften(float (&scores)[M][N][4], RunningSoftmax (&rows)[M][2], float (&factors)[M][2],
-                              float scale) {
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float highest = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < N; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) highest = fmaxf(highest, scores[m][j][2 * half + i]);
-      RunningSoftmax& row = rows[m][half];
-      factors[m][half] = row.raise(quad_max(highest) * scale);
-      const float base = row.peak;
-#pragma unroll
-      for (int j = 0; j < N; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = scores[m][j][2 * half + i];
-          score = power_of_two(fmaf(score, scale, -base));
-          row.total += score;
-        }
-    }
 }
 
 }  // namespace sat
