@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention.layout import BlockLayout
-from .attention.patterns import bigbird_layout, generate_layout, mass_kept, nearness, overlap, random_layout
-from .attention.reference import attention_map, pool_blocks
+from .attention.patterns import bigbird_layout, generate_layout, nearness, random_layout
+from .attention.statistics import attention_map, mass_kept, overlap, pool_blocks
 from .common.errors import InputError, require
 from .model.encoder import Encoder, SelfAttention
 

@@ -1,8 +1,9 @@
 """Block-sparse attention as PyTorch operators: compiled CUDA kernels on a GPU, PyTorch's own operations on a CPU.
 
-The functions below have the signatures of `reference` and check their arguments; behind them stand the operators
-`torch.ops.sat_lib.*` with fake kernels, autograd and autocast, so they work under torch.compile(fullgraph=True) and in
-CUDA graphs. A layout reaches an operator as its five int32 lists. The CUDA kernels (sat_lib/csrc) take
+The functions below have the signatures of `reference` and `statistics` and check their arguments; behind them stand the
+operators `torch.ops.sat_lib.*` with fake kernels, autograd and autocast, so they work under
+torch.compile(fullgraph=True) and in CUDA graphs. A layout reaches an operator as one list of its five int32 lists. The
+CUDA kernels (sat_lib/csrc) take
 
     float32 (TF32 products where torch.backends.cuda.matmul.fp32_precision is "tf32"), bfloat16, float16;
     D a multiple of 16, 16 to 128; blocks of 16, 32, 64 or 128; at most 65,536 positions; any strides (a tensor whose
@@ -20,16 +21,11 @@ import torch
 from torch import Tensor
 
 from ..common.errors import require
-from . import build, reference
+from . import build, reference, statistics
 from .layout import BlockLayout
-from .reference import (
-    AttentionStatistics,
-    cast_as_autocast,
-    check_attention_inputs,
-    check_layout,
-    check_rules,
-    outside_window,
-)
+from .reference import check_attention_inputs, check_layout, check_rules, outside_window
+from .registration import gradient, library, operator
+from .statistics import AttentionStatistics
 
 IMPLEMENTATIONS = ("kernels", "reference")
 IMPLEMENTATION = os.environ.get("SAT_LIB_IMPLEMENTATION", "kernels")
@@ -43,7 +39,18 @@ LONGEST = 65_536
 GRID = 65_536  # thread blocks along the grid's second and third axis
 
 
-# ---- public functions ------------------------------------------------------------------------------------------------
+def _lists(layout: BlockLayout) -> list[Tensor]:
+    """A layout as the operators take it. csrc/bindings.cpp knows the order too."""
+    return [layout.row_offsets, layout.row_columns, layout.column_offsets, layout.column_rows, layout.column_to_row]
+
+
+def _index(layout: list[Tensor], block: int, heads: int, keys: int) -> reference.Index:
+    row_offsets, row_columns, column_offsets, *_ = layout
+    patterns = (len(column_offsets) - 1) // -(-keys // block)
+    return reference.index_of(row_offsets, row_columns, block, (len(row_offsets) - 1) // patterns, heads, keys)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def block_sparse_attention(
@@ -76,8 +83,77 @@ def block_sparse_attention(
     scale = _check_scale(scale, q.shape[-1])
     if window is not None and window >= max(q.shape[2], k.shape[2]):
         window = None  # leaves nothing out
-    call = torch.ops.sat_lib.attention
-    return call(q, k, v, *_lists(layout), key_padding_mask, layout.block, scale, pruned == "zero", window)[0]
+    rules = scale, pruned == "zero", window
+    return torch.ops.sat_lib.attention(q, k, v, _lists(layout), key_padding_mask, layout.block, *rules)[0]
+
+
+@operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] layout, Tensor? mask, int block, float scale, bool pruned_weigh, "
+    "int? window) -> (Tensor, Tensor)",
+    autocast=3,
+    tf32=True,
+)
+def _attention(q, k, v, layout, mask, block, scale, pruned_weigh, window):
+    (_, heads, queries, _), keys = q.shape, k.shape[2]
+    index = _index(layout, block, heads, keys)
+    scores, outside = reference.indexed_sddmm(q, k, index, scale), outside_window(index, queries, window)
+    weights, lse = reference.indexed_softmax(scores, index, heads, keys, mask, pruned_weigh, outside)
+    out = torch.empty_like(q).copy_(reference.indexed_spmm(weights, v, index, queries))
+    return out, lse.reshape(len(q), heads, -1)[:, :, :queries].contiguous()
+
+
+@torch.library.register_fake("sat_lib::attention", lib=library)
+def _(q, k, v, layout, mask, block, scale, pruned_weigh, window):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@operator(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] layout, "
+    "Tensor? mask, int block, float scale, int? window) -> (Tensor, Tensor, Tensor)",
+    tf32=True,
+)
+def _attention_backward(grad, q, k, v, out, lse, layout, mask, block, scale, window):
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    index = _index(layout, block, heads, keys)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    padding = (0, -queries % block)
+    bases = torch.nn.functional.pad(lse.to(wide), padding, value=torch.inf).reshape(batch, -1, block)
+    scores, outside = reference.indexed_sddmm(q, k, index, scale, mask).to(wide), outside_window(index, queries, window)
+    if outside is not None:
+        scores = scores.masked_fill(outside, -torch.inf)
+    weights = (scores - bases.index_select(1, index.rows)[..., None]).exp()
+    delta = torch.nn.functional.pad((grad.to(wide) * out.to(wide)).sum(-1), padding).reshape(batch, -1, block)
+    grad_weights = reference.indexed_sddmm(grad, v, index, 1.0).to(wide)
+    grad_scores = weights * (grad_weights - delta.index_select(1, index.rows)[..., None]) * scale
+    weights, grad_scores = weights.to(q.dtype), grad_scores.to(q.dtype)
+    results = (
+        reference.indexed_spmm(grad_scores, k, index, queries),
+        reference.indexed_spmm_transposed(grad_scores, q, index, keys),
+        reference.indexed_spmm_transposed(weights, grad, index, keys),
+    )
+    return tuple(torch.empty_like(x).copy_(result) for x, result in zip((q, k, v), results, strict=True))
+
+
+@torch.library.register_fake("sat_lib::attention_backward", lib=library)
+def _(grad, q, k, v, *others):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_attention(ctx, inputs, output):
+    q, k, v, layout, mask, block, scale, _, window = inputs
+    ctx.save_for_backward(q, k, v, *output, mask, *layout)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = block, scale, window
+
+
+@gradient("attention", _save_attention)
+def _differentiate_attention(ctx, grad, _):
+    q, k, v, out, lse, mask, *layout = ctx.saved_tensors
+    grads = torch.ops.sat_lib.attention_backward(grad, q, k, v, out, lse, layout, mask, *ctx.settings)
+    return *grads, None, None, None, None, None, None
+
+
+# ---- raw scores of the kept blocks -----------------------------------------------------------------------------------
 
 
 def sddmm(
@@ -94,7 +170,41 @@ def sddmm(
     check_layout(q, layout, k.shape[2])
     _check_kernels(q, k.shape[2], layout.block)
     scale = _check_scale(scale, q.shape[-1])
-    return torch.ops.sat_lib.sddmm(q, k, *_lists(layout), key_padding_mask, layout.block, scale)
+    return torch.ops.sat_lib.sddmm(q, k, _lists(layout), key_padding_mask, layout.block, scale)
+
+
+@operator(
+    "sddmm(Tensor q, Tensor k, Tensor[] layout, Tensor? mask, int block, float scale) -> Tensor", autocast=2, tf32=True
+)
+def _sddmm(q, k, layout, mask, block, scale):
+    return reference.indexed_sddmm(q, k, _index(layout, block, q.shape[1], k.shape[2]), scale, mask)
+
+
+@torch.library.register_fake("sat_lib::sddmm", lib=library)
+def _(q, k, layout, mask, block, scale):
+    _, row_columns, column_offsets, *_ = layout
+    shared = len(column_offsets) - 1 == -(-k.shape[2] // block)
+    return q.new_empty(q.shape[0], len(row_columns) * (q.shape[1] if shared else 1), block, block)
+
+
+def _save_sddmm(ctx, inputs, output):
+    q, k, layout, mask, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, mask, *layout)
+
+
+@gradient("sddmm", _save_sddmm)
+def _differentiate_sddmm(ctx, grad):
+    q, k, mask, *layout = ctx.saved_tensors
+    block, scale = ctx.settings
+    grad_q = grad_k = None
+    if ctx.needs_input_grad[0]:
+        grad_q = torch.ops.sat_lib.spmm(grad, k, layout, mask, block, q.shape[2], scale)
+    if ctx.needs_input_grad[1]:
+        grad_k = torch.ops.sat_lib.spmm_transposed(grad, q, layout, mask, block, k.shape[2], scale)
+    return grad_q, grad_k, None, None, None, None
+
+
+# ---- sparse softmax --------------------------------------------------------------------------------------------------
 
 
 def sparse_softmax(
@@ -116,7 +226,47 @@ def sparse_softmax(
     _check_values(scores, layout, heads)
     layout.check(heads, layout.rows * layout.block, keys)
     call = torch.ops.sat_lib.sparse_softmax
-    return call(scores, *_lists(layout), key_padding_mask, layout.block, heads, keys, pruned == "zero")
+    return call(scores, _lists(layout), key_padding_mask, layout.block, heads, keys, pruned == "zero")
+
+
+@operator(
+    "sparse_softmax(Tensor scores, Tensor[] layout, Tensor? mask, int block, int heads, int keys, bool pruned_weigh) "
+    "-> Tensor"
+)
+def _sparse_softmax(scores, layout, mask, block, heads, keys, pruned_weigh):
+    return reference.indexed_softmax(scores, _index(layout, block, heads, keys), heads, keys, mask, pruned_weigh)[0]
+
+
+@operator(
+    "sparse_softmax_backward(Tensor grad, Tensor weights, Tensor[] layout, int block, int heads, int keys) -> Tensor"
+)
+def _sparse_softmax_backward(grad, weights, layout, block, heads, keys):
+    index = _index(layout, block, heads, keys)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    products = weights.to(wide) * grad
+    totals = products.new_zeros(len(grad), heads * index.block_rows, block).index_add(1, index.rows, products.sum(-1))
+    return (products - weights * totals.index_select(1, index.rows)[..., None]).to(grad.dtype)
+
+
+@torch.library.register_fake("sat_lib::sparse_softmax", lib=library)
+@torch.library.register_fake("sat_lib::sparse_softmax_backward", lib=library)
+def _(values, *others):
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _save_softmax(ctx, inputs, output):
+    _, layout, _, *ctx.settings, _ = inputs
+    ctx.save_for_backward(output, *layout)
+
+
+@gradient("sparse_softmax", _save_softmax)
+def _differentiate_softmax(ctx, grad):
+    weights, *layout = ctx.saved_tensors
+    grad = torch.ops.sat_lib.sparse_softmax_backward(grad, weights, layout, *ctx.settings)
+    return grad, None, None, None, None, None, None
+
+
+# ---- attention map times values, and its transpose -------------------------------------------------------------------
 
 
 def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tensor:
@@ -132,13 +282,62 @@ def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tenso
     require(weights.dtype == v.dtype, f"weights, v: wanted one dtype; got {weights.dtype} and {v.dtype}")
     layout.check(v.shape[1], queries, v.shape[2])
     _check_kernels(v, queries, layout.block)
-    return torch.ops.sat_lib.spmm(weights, v, *_lists(layout), None, layout.block, queries, 1.0)
+    return torch.ops.sat_lib.spmm(weights, v, _lists(layout), None, layout.block, queries, 1.0)
+
+
+@operator(
+    "spmm(Tensor values, Tensor x, Tensor[] layout, Tensor? mask, int block, int queries, float scale) -> Tensor",
+    autocast=2,
+    tf32=True,
+)
+def _spmm(values, x, layout, mask, block, queries, scale):
+    real = x if mask is None else x * mask[:, None, :, None]
+    out = reference.indexed_spmm(values, real, _index(layout, block, *x.shape[1:3]), queries)
+    return (out * scale).contiguous()
+
+
+@operator(
+    "spmm_transposed(Tensor values, Tensor x, Tensor[] layout, Tensor? mask, int block, int keys, float scale) "
+    "-> Tensor",
+    tf32=True,
+)
+def _spmm_transposed(values, x, layout, mask, block, keys, scale):
+    out = reference.indexed_spmm_transposed(values, x, _index(layout, block, x.shape[1], keys), keys) * scale
+    return (out if mask is None else out * mask[:, None, :, None]).contiguous()
+
+
+@torch.library.register_fake("sat_lib::spmm", lib=library)
+@torch.library.register_fake("sat_lib::spmm_transposed", lib=library)
+def _(values, x, layout, mask, block, length, scale):
+    return x.new_empty(x.shape[0], x.shape[1], length, x.shape[3])
+
+
+def _save_spmm(ctx, inputs, output):
+    values, x, layout, mask, block, _, scale = inputs
+    require(mask is None, "spmm: has no gradient where a key mask is given")
+    ctx.save_for_backward(values, x, *layout)
+    ctx.settings = block, scale
+
+
+@gradient("spmm", _save_spmm)
+def _differentiate_spmm(ctx, grad):
+    values, x, *layout = ctx.saved_tensors
+    block, scale = ctx.settings
+    grad_values = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_values = torch.ops.sat_lib.sddmm(grad, x, layout, None, block, scale)
+    if ctx.needs_input_grad[1]:
+        grad_x = torch.ops.sat_lib.spmm_transposed(values, grad, layout, None, block, x.shape[2], scale)
+    return grad_values, grad_x, None, None, None, None, None
+
+
+# ---- statistics of the dense phase -----------------------------------------------------------------------------------
 
 
 def attention_statistics(
     q: Tensor, k: Tensor, block: int, *, key_padding_mask: Tensor | None = None, scale: float | None = None
 ) -> AttentionStatistics:
-    """Batch-and-head mean of the dense map `A^s` and its block means; see `reference.attention_statistics`.
+    """Batch-and-head mean of the dense map `A^s` and its block means; see `statistics.attention_statistics`.
 
     No gradient. On a GPU the map is recomputed from q and k piece by piece and added up in registers; beside the
     results it needs (Lq, Lk) floats for each of a few shares of the heads.
@@ -147,7 +346,7 @@ def attention_statistics(
         InputError: as for `block_sparse_attention`.
     """
     if IMPLEMENTATION == "reference":
-        return reference.attention_statistics(q, k, block, key_padding_mask=key_padding_mask, scale=scale)
+        return statistics.attention_statistics(q, k, block, key_padding_mask=key_padding_mask, scale=scale)
     check_attention_inputs(q, k, k, key_padding_mask)
     _check_kernels(q, k.shape[2], block)
     scale = _check_scale(scale, q.shape[-1])
@@ -155,8 +354,23 @@ def attention_statistics(
     return AttentionStatistics(*call(q.detach(), k.detach(), key_padding_mask, block, scale))
 
 
-def _lists(layout: BlockLayout) -> tuple[Tensor, ...]:
-    return tuple(getattr(layout, name) for name in _LISTS)
+@operator(
+    "attention_statistics(Tensor q, Tensor k, Tensor? mask, int block, float scale) -> (Tensor, Tensor)",
+    autocast=2,
+    tf32=True,
+)
+def _attention_statistics(q, k, mask, block, scale):
+    return tuple(statistics.attention_statistics(q, k, block, key_padding_mask=mask, scale=scale))
+
+
+@torch.library.register_fake("sat_lib::attention_statistics", lib=library)
+def _(q, k, mask, block, scale):
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    (queries, keys), blocks = (q.shape[2], k.shape[2]), (-(-q.shape[2] // block), -(-k.shape[2] // block))
+    return q.new_empty(queries, keys, dtype=dtype), q.new_empty(blocks, dtype=dtype)
+
+
+# ---- what the kernels can take ---------------------------------------------------------------------------------------
 
 
 def _check_values(values: Tensor, layout: BlockLayout, heads: int) -> None:
@@ -194,262 +408,3 @@ def _check_kernels(x: Tensor, length: int, block: int) -> None:
         f"head size: the kernels take multiples of 16 up to 128; got {size}. Choose another number of heads",
     )
     require(longest <= LONGEST, f"length: the kernels take at most {LONGEST} positions; got {longest}")
-
-
-# ---- operators -------------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("sat_lib", "DEF")
-_LISTS = ("row_offsets", "row_columns", "column_offsets", "column_rows", "column_to_row")
-_SCHEMAS = {
-    "attention": "(Tensor q, Tensor k, Tensor v, {lists}, Tensor? mask, int block, float scale, "
-    "bool pruned_weigh, int? window) -> (Tensor, Tensor)",
-    "attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {lists}, "
-    "Tensor? mask, int block, float scale, int? window) -> (Tensor, Tensor, Tensor)",
-    "sddmm": "(Tensor q, Tensor k, {lists}, Tensor? mask, int block, float scale) -> Tensor",
-    "spmm": "(Tensor values, Tensor x, {lists}, Tensor? mask, int block, int queries, float scale) -> Tensor",
-    "spmm_transposed": "(Tensor values, Tensor x, {lists}, Tensor? mask, int block, int keys, float scale) "
-    "-> Tensor",
-    "sparse_softmax": "(Tensor scores, {lists}, Tensor? mask, int block, int heads, int keys, "
-    "bool pruned_weigh) -> Tensor",
-    "sparse_softmax_backward": "(Tensor grad, Tensor weights, {lists}, int block, int heads, int keys) "
-    "-> Tensor",
-    "attention_statistics": "(Tensor q, Tensor k, Tensor? mask, int block, float scale) -> (Tensor, Tensor)",
-}
-_SCHEMAS = {
-    name: schema.format(lists=", ".join(f"Tensor {name}" for name in _LISTS)) for name, schema in _SCHEMAS.items()
-}
-_OPERANDS = {"attention": 3, "attention_backward": 6, "sddmm": 2, "spmm": 2, "spmm_transposed": 2}  # before the lists
-_OPERANDS |= {"sparse_softmax": 1, "sparse_softmax_backward": 2}
-_WITHOUT_PRODUCTS = ("sparse_softmax", "sparse_softmax_backward")
-_INPUTS = {"attention": 3, "sddmm": 2, "spmm": 2, "attention_statistics": 2}  # leading arguments that autocast casts
-
-
-def _on_cuda(name: str):
-    """The compiled function, built and loaded at its first call."""
-
-    def call(*arguments):
-        function = getattr(build.load(), name)
-        if name in _WITHOUT_PRODUCTS:
-            return function(*arguments)
-        return function(*arguments, torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-    return call
-
-
-def _grouped(name: str, function):
-    """`function`, which takes the five lists as one argument, as it is called by PyTorch."""
-    if name not in _OPERANDS:
-        return function
-    start = _OPERANDS[name]
-    end = start + len(_LISTS)
-    return lambda *arguments: function(*arguments[:start], arguments[start:end], *arguments[end:])
-
-
-def _autocast(name: str, device: str):
-    """Cast the operands to autocast's dtype, as it does for PyTorch's own attention."""
-    operator = getattr(torch.ops.sat_lib, name)
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
-
-    def call(*arguments):
-        count = _INPUTS[name]
-        cast = cast_as_autocast(*arguments[:count])
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return operator(*cast, *arguments[count:])
-
-    return call
-
-
-# On a CPU: explicit formulas in PyTorch's operations, from the same lists.
-
-
-def _index(lists, block, heads, keys):
-    patterns = (len(lists[2]) - 1) // -(-keys // block)
-    return reference.index_of(lists[0], lists[1], block, (len(lists[0]) - 1) // patterns, heads, keys)
-
-
-def _attention(q, k, v, lists, mask, block, scale, pruned_weigh, window):
-    (_, heads, queries, _), keys = q.shape, k.shape[2]
-    index = _index(lists, block, heads, keys)
-    scores, outside = reference.indexed_sddmm(q, k, index, scale), outside_window(index, queries, window)
-    weights, lse = reference.indexed_softmax(scores, index, heads, keys, mask, pruned_weigh, outside)
-    out = torch.empty_like(q).copy_(reference.indexed_spmm(weights, v, index, queries))
-    return out, lse.reshape(len(q), heads, -1)[:, :, :queries].contiguous()
-
-
-def _attention_backward(grad, q, k, v, out, lse, lists, mask, block, scale, window):
-    (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    index = _index(lists, block, heads, keys)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    padding = (0, -queries % block)
-    bases = torch.nn.functional.pad(lse.to(wide), padding, value=torch.inf).reshape(batch, -1, block)
-    scores, outside = reference.indexed_sddmm(q, k, index, scale, mask).to(wide), outside_window(index, queries, window)
-    if outside is not None:
-        scores = scores.masked_fill(outside, -torch.inf)
-    weights = (scores - bases.index_select(1, index.rows)[..., None]).exp()
-    delta = torch.nn.functional.pad((grad.to(wide) * out.to(wide)).sum(-1), padding).reshape(batch, -1, block)
-    grad_weights = reference.indexed_sddmm(grad, v, index, 1.0).to(wide)
-    grad_scores = weights * (grad_weights - delta.index_select(1, index.rows)[..., None]) * scale
-    weights, grad_scores = weights.to(q.dtype), grad_scores.to(q.dtype)
-    results = (
-        reference.indexed_spmm(grad_scores, k, index, queries),
-        reference.indexed_spmm_transposed(grad_scores, q, index, keys),
-        reference.indexed_spmm_transposed(weights, grad, index, keys),
-    )
-    return tuple(torch.empty_like(x).copy_(result) for x, result in zip((q, k, v), results, strict=True))
-
-
-def _sddmm(q, k, lists, mask, block, scale):
-    return reference.indexed_sddmm(q, k, _index(lists, block, q.shape[1], k.shape[2]), scale, mask)
-
-
-def _spmm(values, x, lists, mask, block, queries, scale):
-    real = x if mask is None else x * mask[:, None, :, None]
-    out = reference.indexed_spmm(values, real, _index(lists, block, *x.shape[1:3]), queries)
-    return (out * scale).contiguous()
-
-
-def _spmm_transposed(values, x, lists, mask, block, keys, scale):
-    out = reference.indexed_spmm_transposed(values, x, _index(lists, block, x.shape[1], keys), keys) * scale
-    return (out if mask is None else out * mask[:, None, :, None]).contiguous()
-
-
-def _sparse_softmax(scores, lists, mask, block, heads, keys, pruned_weigh):
-    return reference.indexed_softmax(scores, _index(lists, block, heads, keys), heads, keys, mask, pruned_weigh)[0]
-
-
-def _sparse_softmax_backward(grad, weights, lists, block, heads, keys):
-    index = _index(lists, block, heads, keys)
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    products = weights.to(wide) * grad
-    totals = products.new_zeros(len(grad), heads * index.block_rows, block).index_add(1, index.rows, products.sum(-1))
-    return (products - weights * totals.index_select(1, index.rows)[..., None]).to(grad.dtype)
-
-
-def _attention_statistics(q, k, mask, block, scale):
-    return tuple(reference.attention_statistics(q, k, block, key_padding_mask=mask, scale=scale))
-
-
-# Shapes, dtypes and strides alone, for torch.compile.
-
-
-def _fake_attention(q, k, v, lists, mask, block, scale, pruned_weigh, window):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _fake_attention_backward(grad, q, k, v, out, lse, lists, mask, block, scale, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _fake_sddmm(q, k, lists, mask, block, scale):
-    columns = -(-k.shape[2] // block)
-    shared = len(lists[2]) - 1 == columns
-    blocks = lists[1].shape[0] * (q.shape[1] if shared else 1)
-    return q.new_empty(q.shape[0], blocks, block, block)
-
-
-def _fake_spmm(values, x, lists, mask, block, length, scale):
-    return x.new_empty(x.shape[0], x.shape[1], length, x.shape[3])
-
-
-def _fake_softmax(scores, *arguments):
-    return torch.empty_like(scores, memory_format=torch.contiguous_format)
-
-
-def _fake_attention_statistics(q, k, mask, block, scale):
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    (queries, keys), blocks = (q.shape[2], k.shape[2]), (-(-q.shape[2] // block), -(-k.shape[2] // block))
-    return q.new_empty(queries, keys, dtype=dtype), q.new_empty(blocks, dtype=dtype)
-
-
-_ON_CPU = {
-    "attention": (_attention, _fake_attention),
-    "attention_backward": (_attention_backward, _fake_attention_backward),
-    "sddmm": (_sddmm, _fake_sddmm),
-    "spmm": (_spmm, _fake_spmm),
-    "spmm_transposed": (_spmm_transposed, _fake_spmm),
-    "sparse_softmax": (_sparse_softmax, _fake_softmax),
-    "sparse_softmax_backward": (_sparse_softmax_backward, _fake_softmax),
-    "attention_statistics": (_attention_statistics, _fake_attention_statistics),
-}
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
-    _on_cpu, _fake = (_grouped(_name, _function) for _function in _ON_CPU[_name])
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _on_cuda(_name), "CUDA")
-    torch.library.register_fake(f"sat_lib::{_name}", _fake, lib=_library)
-for _name in _INPUTS:
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _autocast(_name, _device), f"Autocast{_device}")
-
-
-# ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-_NO_LISTS = (None,) * len(_LISTS)  # gradients of a layout's lists
-
-
-def _save_attention(ctx, inputs, output):
-    q, k, v, *lists, mask, block, scale, _, window = inputs
-    ctx.save_for_backward(q, k, v, *output, *lists, mask)
-    ctx.mark_non_differentiable(output[1])
-    ctx.settings = block, scale, window
-
-
-def _differentiate_attention(ctx, grad, _):
-    q, k, v, out, lse, *lists, mask = ctx.saved_tensors
-    grads = torch.ops.sat_lib.attention_backward(grad, q, k, v, out, lse, *lists, mask, *ctx.settings)
-    return *grads, *_NO_LISTS, None, None, None, None, None
-
-
-def _save_sddmm(ctx, inputs, output):
-    q, k, *lists, mask, block, scale = inputs
-    ctx.save_for_backward(q, k, *lists, mask)
-    ctx.block, ctx.scale = block, scale
-
-
-def _differentiate_sddmm(ctx, grad):
-    q, k, *lists, mask = ctx.saved_tensors
-    grad_q = grad_k = None
-    if ctx.needs_input_grad[0]:
-        grad_q = torch.ops.sat_lib.spmm(grad, k, *lists, mask, ctx.block, q.shape[2], ctx.scale)
-    if ctx.needs_input_grad[1]:
-        grad_k = torch.ops.sat_lib.spmm_transposed(grad, q, *lists, mask, ctx.block, k.shape[2], ctx.scale)
-    return grad_q, grad_k, *_NO_LISTS, None, None, None
-
-
-def _save_spmm(ctx, inputs, output):
-    values, x, *lists, mask, block, _, scale = inputs
-    require(mask is None, "spmm: has no gradient where a key mask is given")
-    ctx.save_for_backward(values, x, *lists)
-    ctx.block, ctx.scale = block, scale
-
-
-def _differentiate_spmm(ctx, grad):
-    values, x, *lists = ctx.saved_tensors
-    grad_values = grad_x = None
-    if ctx.needs_input_grad[0]:
-        grad_values = torch.ops.sat_lib.sddmm(grad, x, *lists, None, ctx.block, ctx.scale)
-    if ctx.needs_input_grad[1]:
-        grad_x = torch.ops.sat_lib.spmm_transposed(values, grad, *lists, None, ctx.block, x.shape[2], ctx.scale)
-    return grad_values, grad_x, *_NO_LISTS, None, None, None, None
-
-
-def _save_softmax(ctx, inputs, output):
-    _, *lists, _, block, heads, keys, _ = inputs
-    ctx.save_for_backward(output, *lists)
-    ctx.block, ctx.heads, ctx.keys = block, heads, keys
-
-
-def _differentiate_softmax(ctx, grad):
-    weights, *lists = ctx.saved_tensors
-    grad = torch.ops.sat_lib.sparse_softmax_backward(grad, weights, *lists, ctx.block, ctx.heads, ctx.keys)
-    return grad, *_NO_LISTS, None, None, None, None, None
-
-
-for _name, _differentiate, _save in (
-    ("attention", _differentiate_attention, _save_attention),
-    ("sddmm", _differentiate_sddmm, _save_sddmm),
-    ("spmm", _differentiate_spmm, _save_spmm),
-    ("sparse_softmax", _differentiate_softmax, _save_softmax),
-):
-    torch.library.register_autograd(f"sat_lib::{_name}", _differentiate, setup_context=_save, lib=_library)

@@ -157,19 +157,3 @@ def check_bigbird_blocks(blocks: int, random_blocks: int, block: int) -> None:
 def _distances(blocks: int) -> Tensor:
     place = torch.arange(blocks)
     return (place[:, None] - place).abs()
-
-
-# ---- diagnostics -----------------------------------------------------------------------------------------------------
-
-
-def mass_kept(mean_map: Tensor, layout: BlockLayout) -> float:
-    """Share of an attention map's (L, L) mass that lies in kept blocks of a layout that heads share, 0 to 1."""
-    layout.check(1, *mean_map.shape)
-    queries, keys = mean_map.shape
-    kept = layout.entries(max(queries, keys))[:queries, :keys]
-    return float(mean_map[kept].double().sum() / mean_map.double().sum())
-
-
-def overlap(layout: BlockLayout, other: BlockLayout) -> float:
-    """Share of `layout`'s blocks that `other` keeps too, 0 to 1."""
-    return float((layout.grid & other.grid).sum() / layout.kept_blocks)

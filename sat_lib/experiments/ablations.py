@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import datasets
 from ..attention.baselines import BASELINES
 from ..attention.layout import BlockLayout
-from ..attention.patterns import generate_layout, mass_kept, overlap
-from ..attention.reference import pool_blocks
+from ..attention.patterns import generate_layout
+from ..attention.statistics import mass_kept, overlap, pool_blocks
 from ..common import distributed
 from ..datasets.tasks import task
 from ..training.recipe import BEST_MODEL, RunConfig, averaged_steps, best_recipe, case_config

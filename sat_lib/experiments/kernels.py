@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ..attention import ops, reference
+from ..attention import ops, reference, statistics
 from ..attention.layout import BlockLayout
 from ..attention.patterns import random_layout
 from ..common import timing
@@ -268,7 +268,7 @@ def operation_times(case: dict, device: torch.device) -> dict:
 def statistics_time(case: dict, device: torch.device) -> dict:
     """Time of the dense phase's statistics of one layer."""
     q, k, _ = qkv(case, device, grad=False)
-    module = {"kernel": ops, "reference": reference}[case["implementation"]]
+    module = {"kernel": ops, "reference": statistics}[case["implementation"]]
     call = partial(module.attention_statistics, q, k, case["block"])
     return {"forward_ms": timing.time_calls(call, device, calls=_calls(device)).median_ms}
 

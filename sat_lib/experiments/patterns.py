@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import datasets
 from ..attention.layout import BlockLayout
-from ..attention.reference import pool_blocks
+from ..attention.statistics import pool_blocks
 from ..datasets.batches import to_device
 from ..maps import choose, compare, encoder_maps, shrink
 from ..training.fit import fit, load_model, snapshot_path

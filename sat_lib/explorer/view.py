@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..attention.layout import BlockLayout
-from ..attention.reference import pool_blocks
+from ..attention.statistics import pool_blocks
 from ..common import files
 from ..common.errors import require
 from ..datasets.cache import Split

@@ -12,7 +12,8 @@ from ..attention import get_attention
 from ..attention.baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
 from ..attention.layout import BlockLayout
 from ..attention.ops import IMPLEMENTATION, attention_statistics
-from ..attention.reference import PRUNED_RULES, block_correlation, sparse_statistics
+from ..attention.reference import PRUNED_RULES
+from ..attention.statistics import block_correlation, sparse_statistics
 from ..common.errors import require
 from .fused import after_attention, before_attention, check_fusable, embed, masked_mean
 from .sparsity import SparsityParameter, freeze
@@ -25,7 +26,7 @@ class ModelConfig:
     `attention` names an entry of `attention.ATTENTION`. For "sat", `sparsity_width` is the width of W^P: "head" (d,
     released; the published parameter counts need it) or "embedding" (D, paper); `sparsity_init` an entry of
     `sparsity.INITIALISATIONS`; `sparsity_target` what W^P is trained to foretell: "attention", the pooled map, or
-    "correlation", `reference.block_correlation` (of several processes, the mean of their shares'). `block` is BigBird's
+    "correlation", `statistics.block_correlation` (of several processes the mean of their shares'). `block` is BigBird's
     and LSG's too; `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are
     Longformer's, `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three
     is "kernel" or "library" (see `baselines`). `mean_over` is what the mean over the positions divides by: "length",
@@ -126,11 +127,11 @@ class ModelConfig:
 
 
 class LayerStatistics(NamedTuple):
-    """What is looked at in a layer: `reference.AttentionStatistics`, and what else W^P may be trained to foretell."""
+    """What is looked at in a layer: `statistics.AttentionStatistics`, and what else W^P may be trained to foretell."""
 
     mean_map: Tensor  # (L, L)
     pooled: Tensor  # (N, N)
-    correlation: Tensor | None = None  # (N, N), `reference.block_correlation`, where it is `sparsity_target`
+    correlation: Tensor | None = None  # (N, N), `statistics.block_correlation`, where it is `sparsity_target`
 
 
 class SelfAttention(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import datasets
-from ..attention.patterns import mass_kept
+from ..attention.statistics import mass_kept
 from ..common import timing
 from ..common.errors import require
 from ..datasets.batches import batch_indices

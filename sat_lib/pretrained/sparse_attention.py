@@ -23,7 +23,8 @@ from ..attention import get_attention
 from ..attention.layout import BlockLayout
 from ..attention.ops import attention_statistics
 from ..attention.patterns import generate_layout
-from ..attention.reference import PRUNED_RULES, AttentionStatistics
+from ..attention.reference import PRUNED_RULES
+from ..attention.statistics import AttentionStatistics
 from ..common.errors import require
 from ..model.sparsity import LOSS_WEIGHT, SparsityParameter, freeze, model_sparsity_loss
 from ..training.transition import LayerTest, TransitionRule

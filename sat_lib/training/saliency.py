@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.reference import attention_map, block_correlation
+from ..attention.statistics import attention_map, block_correlation
 from ..common.errors import require
 from ..model.encoder import Encoder
 

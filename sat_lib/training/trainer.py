@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..attention.layout import BlockLayout
 from ..attention.patterns import generate_layout, nearness
-from ..attention.reference import pool_blocks
+from ..attention.statistics import pool_blocks
 from ..common import distributed
 from ..common.errors import InputError, require
 from ..datasets.batches import Examples, batch_indices

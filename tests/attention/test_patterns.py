@@ -5,14 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sat_lib.attention.layout import BlockLayout
 from sat_lib.attention.patterns import (
     BUDGETS,
     generate_layout,
     global_window_layout,
-    mass_kept,
     nearness,
-    overlap,
     random_layout,
     strided_layout,
     window_layout,
@@ -233,18 +230,6 @@ def test_static_patterns():
     assert window_layout(32, 1, 32).kept_blocks == 94
     with pytest.raises(InputError, match="stride: wanted 2 or more blocks to an image row; got 1"):
         strided_layout(4, 1, 32)
-
-
-def test_mass_and_overlap():
-    mean_map = torch.zeros(6, 6)
-    mean_map[:4, :4] = 3.0
-    mean_map[4:, 4:] = 1.0
-    corner = BlockLayout(torch.tensor([[True, False], [False, False]]), 4)
-    diagonal = BlockLayout(torch.eye(2).bool(), 4)
-    assert mass_kept(mean_map, corner) == pytest.approx(48 / 52)
-    assert mass_kept(mean_map, diagonal) == pytest.approx(1.0)
-    assert overlap(diagonal, corner) == 0.5
-    assert overlap(corner, diagonal) == 1.0
 
 
 def test_diagnosis_of_a_map_by_hand():

@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from attention_cases import LAYOUTS, definition, inputs, layouts, padding_mask, with_gradients
 
 from sat_lib.attention.layout import BlockLayout
-from sat_lib.attention.reference import (
-    attention_statistics,
-    block_sparse_attention,
-    sddmm,
-    sparse_softmax,
-    sparse_statistics,
-    spmm,
-)
+from sat_lib.attention.reference import block_sparse_attention, sddmm, sparse_softmax, spmm
 from sat_lib.common.errors import InputError
 
 
@@ -129,38 +122,6 @@ def test_no_tensor_of_the_full_map_is_made():
         block_sparse_attention(q, k, v, layout).sum().backward()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert 0 < max(sizes) < length * length * 4 / 8
-
-
-@pytest.mark.parametrize("mask", ["none", "ragged"])
-def test_statistics_equal_the_means_of_the_maps(mask, device):
-    q, k, _ = inputs(50, 50, device)
-    mask = padding_mask(mask, 3, 50, 16)
-    mask = None if mask is None else mask.to(device)
-    seen = attention_statistics(q, k, 16, key_padding_mask=mask)
-    everything = BlockLayout.full(4, 4, 16).to(device)
-    _, attention = definition(q, k, k, everything, mask, "drop")
-    mean = attention.mean((0, 1))
-    torch.testing.assert_close(seen.mean_map, mean.detach())
-    for row in range(4):
-        for column in range(4):
-            block = mean[row * 16 : (row + 1) * 16, column * 16 : (column + 1) * 16]
-            torch.testing.assert_close(seen.pooled[row, column], block.mean().detach())
-    assert not seen.mean_map.requires_grad
-
-
-def test_statistics_do_not_depend_on_the_chunks_they_are_summed_in():
-    q, k, _ = inputs(512, 512, batch=20, dtype=torch.float32)  # several chunks of 2^24 scores
-    whole = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).softmax(-1).mean((0, 1))
-    torch.testing.assert_close(attention_statistics(q, k, 32).mean_map, whole.detach())
-
-
-@pytest.mark.parametrize("name", ["random", "per head", "nothing"])
-def test_sparse_statistics_equal_the_means_of_the_sparse_maps(name):
-    layout = layouts(4, 4, 16, 2)[name]
-    q, k, v = inputs(50, 50)
-    seen = sparse_statistics(q, k, layout)
-    mean = definition(q, k, v, layout)[1].mean((0, 1))
-    torch.testing.assert_close(seen.mean_map, mean.detach())
 
 
 def test_autocast_leaves_the_input_dtype():

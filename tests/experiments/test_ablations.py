@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config, tiny_splits
 from torch import nn
 
-from sat_lib.attention.reference import pool_blocks
+from sat_lib.attention.statistics import pool_blocks
 from sat_lib.experiments import ablations, training
 from sat_lib.experiments.ablations import (
     LAYOUTS,

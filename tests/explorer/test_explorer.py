@@ -12,7 +12,8 @@ from PIL import Image
 
 from sat_lib import maps as comparison
 from sat_lib.attention.layout import BlockLayout
-from sat_lib.attention.patterns import generate_layout, mass_kept
+from sat_lib.attention.patterns import generate_layout
+from sat_lib.attention.statistics import mass_kept
 from sat_lib.common.errors import InputError
 from sat_lib.common.files import append_row
 from sat_lib.explorer import view as explore

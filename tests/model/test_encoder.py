@@ -5,7 +5,7 @@ import torch
 
 from sat_lib.attention.baselines import IMPLEMENTATIONS
 from sat_lib.attention.patterns import random_layout
-from sat_lib.attention.reference import attention_statistics, sparse_statistics
+from sat_lib.attention.statistics import attention_statistics, sparse_statistics
 from sat_lib.common.errors import InputError
 from sat_lib.model.encoder import Encoder, ModelConfig
 from sat_lib.training.recipe import model_config

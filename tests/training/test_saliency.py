@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import tiny_config
 
 from sat_lib.attention.patterns import window_layout
-from sat_lib.attention.reference import block_correlation
+from sat_lib.attention.statistics import block_correlation
 from sat_lib.common.errors import InputError
 from sat_lib.model.encoder import Encoder, ModelConfig
 from sat_lib.training import saliency

@@ -11,7 +11,7 @@ from conftest import tiny_config, tiny_splits
 
 from sat_lib.attention import ATTENTION
 from sat_lib.attention.patterns import generate_layout, nearness
-from sat_lib.attention.reference import block_correlation
+from sat_lib.attention.statistics import block_correlation
 from sat_lib.common.errors import InputError
 from sat_lib.datasets.batches import batch_indices
 from sat_lib.model.encoder import Encoder
