@@ -17,7 +17,6 @@ namespace {
 
 using at::Tensor;
 using Mask = std::optional<Tensor>;
-using Lists = std::array<Tensor, 5>;  // row_offsets, row_columns, column_offsets, column_rows, column_to_row of a layout
 
 sat::Format format_of(const Tensor& x, bool tf32) {
   switch (x.scalar_type()) {
@@ -53,7 +52,9 @@ sat::Shape shape_of(const Tensor& q, const Tensor& k) {
           static_cast<int>(k.size(2)), static_cast<int>(k.size(3))};
 }
 
-sat::Layout layout_of(const Lists& lists, int64_t block, int64_t keys) {
+// `lists`: row_offsets, row_columns, column_offsets, column_rows, column_to_row of a layout, int32.
+sat::Layout layout_of(at::TensorList lists, int64_t block, int64_t keys) {
+  TORCH_CHECK(lists.size() == 5, "layout: wanted 5 lists; got ", lists.size());
   sat::Layout layout = {};
   layout.row_offsets = lists[0].data_ptr<int>();
   layout.row_columns = lists[1].data_ptr<int>();
@@ -82,11 +83,9 @@ Mask contiguous(const Mask& mask) { return mask ? Mask(mask->contiguous()) : mas
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const Tensor& v0, const Tensor& row_offsets,
-                                     const Tensor& row_columns, const Tensor& column_offsets, const Tensor& column_rows,
-                                     const Tensor& column_to_row, const Mask& mask0, int64_t block, double scale,
-                                     bool pruned_weigh, std::optional<int64_t> window, bool tf32) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
+std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const Tensor& v0, at::TensorList lists,
+                                     const Mask& mask0, int64_t block, double scale, bool pruned_weigh,
+                                     std::optional<int64_t> window, bool tf32) {
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0), v = readable(v0);
   const Mask mask = contiguous(mask0);
@@ -104,11 +103,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q0, const Tensor& k0, const T
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const Tensor& q0, const Tensor& k0,
                                                       const Tensor& v0, const Tensor& out0, const Tensor& lse,
-                                                      const Tensor& row_offsets, const Tensor& row_columns,
-                                                      const Tensor& column_offsets, const Tensor& column_rows,
-                                                      const Tensor& column_to_row, const Mask& mask0, int64_t block,
+                                                      at::TensorList lists, const Mask& mask0, int64_t block,
                                                       double scale, std::optional<int64_t> window, bool tf32) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0), v = readable(v0), out = readable(out0), grad = readable(grad0);
   const Mask mask = contiguous(mask0);
@@ -127,10 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad0, const
   return {grad_q, grad_k, grad_v};
 }
 
-Tensor sddmm(const Tensor& q0, const Tensor& k0, const Tensor& row_offsets, const Tensor& row_columns,
-             const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row, const Mask& mask0,
-             int64_t block, double scale, bool tf32) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
+Tensor sddmm(const Tensor& q0, const Tensor& k0, at::TensorList lists, const Mask& mask0, int64_t block, double scale,
+             bool tf32) {
   const c10::cuda::CUDAGuard guard(q0.device());
   const Tensor q = readable(q0), k = readable(k0);
   const Mask mask = contiguous(mask0);
@@ -144,7 +138,7 @@ Tensor sddmm(const Tensor& q0, const Tensor& k0, const Tensor& row_offsets, cons
   return values;
 }
 
-Tensor spmm_either(bool transposed, const Tensor& values0, const Tensor& x0, const Lists& lists, const Mask& mask0,
+Tensor spmm_either(bool transposed, const Tensor& values0, const Tensor& x0, at::TensorList lists, const Mask& mask0,
                    int64_t block, int64_t length, double scale, bool tf32) {
   const c10::cuda::CUDAGuard guard(x0.device());
   const Tensor values = values0.contiguous(), x = readable(x0);
@@ -160,21 +154,17 @@ Tensor spmm_either(bool transposed, const Tensor& values0, const Tensor& x0, con
   return out;
 }
 
-Tensor spmm(const Tensor& values, const Tensor& x, const Tensor& row_offsets, const Tensor& row_columns,
-            const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row, const Mask& mask,
-            int64_t block, int64_t queries, double scale, bool tf32) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
+Tensor spmm(const Tensor& values, const Tensor& x, at::TensorList lists, const Mask& mask, int64_t block,
+            int64_t queries, double scale, bool tf32) {
   return spmm_either(false, values, x, lists, mask, block, queries, scale, tf32);
 }
 
-Tensor spmm_transposed(const Tensor& values, const Tensor& x, const Tensor& row_offsets, const Tensor& row_columns,
-                       const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row,
-                       const Mask& mask, int64_t block, int64_t keys, double scale, bool tf32) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
+Tensor spmm_transposed(const Tensor& values, const Tensor& x, at::TensorList lists, const Mask& mask, int64_t block,
+                       int64_t keys, double scale, bool tf32) {
   return spmm_either(true, values, x, lists, mask, block, keys, scale, tf32);
 }
 
-sat::Softmax softmax_call(const Tensor& scores, const Tensor& weights, const Lists& lists, int64_t block,
+sat::Softmax softmax_call(const Tensor& scores, const Tensor& weights, at::TensorList lists, int64_t block,
                           int64_t heads, int64_t keys) {
   sat::Softmax call = {format_of(scores, false)};
   call.shape = {static_cast<int>(scores.size(0)), static_cast<int>(heads), 0, static_cast<int>(keys), 0};
@@ -184,10 +174,8 @@ sat::Softmax softmax_call(const Tensor& scores, const Tensor& weights, const Lis
   return call;
 }
 
-Tensor sparse_softmax(const Tensor& scores0, const Tensor& row_offsets, const Tensor& row_columns,
-                      const Tensor& column_offsets, const Tensor& column_rows, const Tensor& column_to_row,
-                      const Mask& mask0, int64_t block, int64_t heads, int64_t keys, bool pruned_weigh) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
+Tensor sparse_softmax(const Tensor& scores0, at::TensorList lists, const Mask& mask0, int64_t block, int64_t heads,
+                      int64_t keys, bool pruned_weigh) {
   const c10::cuda::CUDAGuard guard(scores0.device());
   const Tensor scores = scores0.contiguous();
   const Mask mask = contiguous(mask0);
@@ -199,10 +187,8 @@ Tensor sparse_softmax(const Tensor& scores0, const Tensor& row_offsets, const Te
   return weights;
 }
 
-Tensor sparse_softmax_backward(const Tensor& grad0, const Tensor& weights0, const Tensor& row_offsets,
-                               const Tensor& row_columns, const Tensor& column_offsets, const Tensor& column_rows,
-                               const Tensor& column_to_row, int64_t block, int64_t heads, int64_t keys) {
-  const Lists lists = {row_offsets, row_columns, column_offsets, column_rows, column_to_row};
+Tensor sparse_softmax_backward(const Tensor& grad0, const Tensor& weights0, at::TensorList lists, int64_t block,
+                               int64_t heads, int64_t keys) {
   const c10::cuda::CUDAGuard guard(grad0.device());
   const Tensor grad = grad0.contiguous(), weights = weights0.contiguous();
   Tensor grad_scores = at::empty_like(grad);
