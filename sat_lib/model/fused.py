@@ -11,12 +11,13 @@ CUDA graphs take them. See csrc/embedding.cu, before_attention.cu and after_atte
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import build
+from ..attention.registration import gradient, library, operator
 from ..common.errors import require
 
 WIDTH, HIDDEN = 64, 128  # the sizes of all published models, which the kernel is written for
@@ -73,21 +74,7 @@ def masked_mean(x: Tensor, real: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
     return (F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps) * real[..., None]).mean(1)
 
 
-# ---- with kernels of their own ---------------------------------------------------------------------------------------
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tokens: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.rows = table.shape[0]
-        return F.embedding(tokens, table)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        (tokens,) = ctx.saved_tensors
-        return None, torch.ops.sat_lib.embedding_gradient(grad, tokens, ctx.rows)
+# ---- embedding -------------------------------------------------------------------------------------------------------
 
 
 def embedding(tokens: Tensor, table: Tensor) -> Tensor:
@@ -106,20 +93,31 @@ def embedding(tokens: Tensor, table: Tensor) -> Tensor:
     return _Embedding.apply(tokens, table)
 
 
-class _BeforeAttention(torch.autograd.Function):
+class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.eps = eps
-        return *torch.ops.sat_lib.before_attention(x, weight, bias, eps), x.view_as(x)
+    def forward(ctx, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = table.shape[0]
+        return F.embedding(tokens, table)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor):
-        x, weight, bias = ctx.saved_tensors
-        grad_x, flat = torch.ops.sat_lib.before_attention_backward(*grads, x, weight, bias, ctx.eps)
-        grad_weight, grad_bias = flat.split([weight.numel(), bias.numel()])
-        return grad_x, grad_weight.view_as(weight), grad_bias, None
+    def backward(ctx, grad: Tensor):
+        (tokens,) = ctx.saved_tensors
+        return None, torch.ops.sat_lib.embedding_gradient(grad, tokens, ctx.rows)
+
+
+@operator("embedding_gradient(Tensor grad, Tensor tokens, int rows) -> Tensor")
+def _embedding_gradient(grad, tokens, rows):
+    return torch.ops.aten.embedding_dense_backward(grad, tokens, rows, -1, False)
+
+
+@torch.library.register_fake("sat_lib::embedding_gradient", lib=library)
+def _(grad, tokens, rows):
+    return grad.new_empty(rows, grad.shape[-1])
+
+
+# ---- before the attention --------------------------------------------------------------------------------------------
 
 
 def before_attention(
@@ -142,25 +140,52 @@ def before_attention(
     return _BeforeAttention.apply(x, *_behind_norm(norm, weight, bias), norm.eps)
 
 
-def _behind_norm(norm: torch.nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear layer with the gain and bias of the norm before it moved into it, whose gradients then give theirs."""
-    return weight * norm.weight, bias + (weight * norm.bias).sum(1)
+class _BeforeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        return *torch.ops.sat_lib.before_attention(x, weight, bias, eps), x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        x, weight, bias = ctx.saved_tensors
+        grad_x, flat = torch.ops.sat_lib.before_attention_backward(*grads, x, weight, bias, ctx.eps)
+        grad_weight, grad_bias = flat.split([weight.numel(), bias.numel()])
+        return grad_x, grad_weight.view_as(weight), grad_bias, None
 
 
-def _check_modules(norm: torch.nn.LayerNorm, *linears: tuple[torch.nn.Linear, int, int]) -> None:
-    shapes = [(WIDTH,), (WIDTH,)]
-    tensors = [norm.weight, norm.bias]
-    for linear, ins, outs in linears:
-        tensors += [linear.weight, linear.bias]
-        shapes += [(outs, ins), (outs,)]
-    got = [None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    wanted = [(shape, torch.float32) for shape in shapes]
-    require(got == wanted, f"norm, linears: wanted weights and biases {wanted}; got {got}")
+@operator("before_attention(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)")
+def _before_attention(x, weight, bias, eps):
+    projected = F.linear(_normalised(x, eps)[0], weight, bias)
+    return tuple(part.contiguous() for part in projected.chunk(3, -1))
 
 
-def _check_residual(x: Tensor) -> None:
-    fits = x.shape[-1] == WIDTH and x.dtype == torch.float32
-    require(fits, f"x: wanted (..., {WIDTH}) float32; got {tuple(x.shape)} {x.dtype}")
+@torch.library.register_fake("sat_lib::before_attention", lib=library)
+def _(x, weight, bias, eps):
+    dtype = torch.bfloat16 if x.device.type == "cuda" else x.dtype
+    return tuple(torch.empty_like(x, dtype=dtype) for _ in range(3))
+
+
+@operator(
+    "before_attention_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_past, Tensor x, Tensor weight, "
+    "Tensor bias, float eps) -> (Tensor, Tensor)"
+)
+def _before_attention_backward(grad_q, grad_k, grad_v, grad_past, x, weight, bias, eps):
+    normed, rstd = _normalised(x, eps)
+    grad = torch.cat([grad_q, grad_k, grad_v], -1).to(x.dtype)
+    flat = grad.flatten(0, -2)
+    grads = torch.cat([(flat.T @ normed.flatten(0, -2)).flatten(), flat.sum(0)])
+    return grad_past + _through_norm(grad @ weight, normed, rstd), grads
+
+
+@torch.library.register_fake("sat_lib::before_attention_backward", lib=library)
+def _(grad_q, grad_k, grad_v, grad_past, x, weight, bias, eps):
+    return torch.empty_like(x), x.new_empty(weight.numel() + bias.numel())
+
+
+# ---- after the attention ---------------------------------------------------------------------------------------------
 
 
 def after_attention(
@@ -199,26 +224,105 @@ def after_attention(
     return torch.ops.sat_lib.after_attention(x, attended, *weights, seed, dropout, norm.eps)
 
 
-# ---- operators -------------------------------------------------------------------------------------------------------
+class _Weights(NamedTuple):
+    """The parameters behind an attention, of the output projection and the feed-forward block, or their gradients."""
 
-_library = torch.library.Library("sat_lib", "FRAGMENT")
-_WEIGHTS = ("out_weight", "out_bias", "up_weight", "up_bias", "down_weight", "down_bias")
+    out_weight: Tensor  # (64, 64)
+    out_bias: Tensor  # (64,)
+    up_weight: Tensor  # (128, 64)
+    up_bias: Tensor  # (128,)
+    down_weight: Tensor  # (64, 128)
+    down_bias: Tensor  # (64,)
+
+
+_FLAT = ("out_weight", "up_weight", "down_weight", "out_bias", "up_bias", "down_bias")  # order of the flat gradient
 _ARGUMENTS = (
-    f"Tensor x, Tensor attended, {', '.join(f'Tensor {name}' for name in _WEIGHTS)}, "
+    f"Tensor x, Tensor attended, {', '.join(f'Tensor {name}' for name in _Weights._fields)}, "
     "Tensor? seed, float dropout, float eps"
 )
-_library.define("embedding_gradient(Tensor grad, Tensor tokens, int rows) -> Tensor")
-_library.define("before_attention(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "before_attention_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_past, "
-    "Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)"
-)
-_library.define(f"after_attention({_ARGUMENTS}) -> Tensor")
-_library.define(f"after_attention_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 
 
-def _embedding_gradient(grad: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(grad, tokens, rows, -1, False)
+@operator(f"after_attention({_ARGUMENTS}) -> Tensor")
+def _after_attention(x, attended, *others):
+    *weights, seed, dropout, eps = others
+    return _Forward(x, attended, _Weights(*weights), _masks(x, seed, dropout), eps).y
+
+
+class _Forward:
+    """`after_attention`'s formulas, with what the backward pass wants of them."""
+
+    def __init__(self, x: Tensor, attended: Tensor, weights: _Weights, masks: tuple, eps: float):
+        residual = x + F.linear(attended.to(x.dtype), weights.out_weight, weights.out_bias) * masks[0]
+        self.normed, self.rstd = _normalised(residual, eps)
+        self.raised = F.linear(self.normed, weights.up_weight, weights.up_bias)
+        self.hidden = F.gelu(self.raised) * masks[1]
+        self.y = residual + F.linear(self.hidden, weights.down_weight, weights.down_bias) * masks[2]
+
+
+def _masks(x: Tensor, seed: Tensor | None, dropout: float) -> tuple:
+    """Scaled masks of the three dropouts, in the order in which they are met."""
+    if seed is None:
+        return 1.0, 1.0, 1.0
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    keep = 1 - round(dropout * 65_536) / 65_536
+    shapes = [(*x.shape[:-1], width) for width in (WIDTH, HIDDEN, WIDTH)]
+    return tuple((torch.rand(shape, generator=generator, dtype=x.dtype) < keep) / keep for shape in shapes)
+
+
+@torch.library.register_fake("sat_lib::after_attention", lib=library)
+def _(x, *others):
+    return torch.empty_like(x)
+
+
+@operator(f"after_attention_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def _after_attention_backward(grad, x, attended, *others):
+    *weights, seed, dropout, eps = others
+    weights, (mask_out, mask_hidden, mask_down) = _Weights(*weights), _masks(x, seed, dropout)
+    there = _Forward(x, attended, weights, (mask_out, mask_hidden, mask_down), eps)
+    grad_down = grad * mask_down
+    u = there.raised
+    whole, density = (1 + torch.erf(u / math.sqrt(2))) / 2, (-u * u / 2).exp() / math.sqrt(2 * math.pi)
+    grad_up = (grad_down @ weights.down_weight) * mask_hidden * (whole + u * density)
+    grad_x = grad + _through_norm(grad_up @ weights.up_weight, there.normed, there.rstd)
+    grad_out = grad_x * mask_out
+    pairs = ((grad_out, attended.to(x.dtype)), (grad_up, there.normed), (grad_down, there.hidden))
+    flat = [(left.flatten(0, -2), right.flatten(0, -2)) for left, right in pairs]
+    parts = [(left.T @ right).flatten() for left, right in flat] + [left.sum(0) for left, _ in flat]
+    return grad_x, (grad_out @ weights.out_weight).to(attended.dtype), torch.cat(parts)
+
+
+@torch.library.register_fake("sat_lib::after_attention_backward", lib=library)
+def _(grad, x, attended, *others):
+    *weights, _, _, _ = others
+    return torch.empty_like(x), torch.empty_like(attended), x.new_empty(sum(weight.numel() for weight in weights))
+
+
+def _save_after(ctx, inputs, output):
+    *tensors, ctx.dropout, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@gradient("after_attention", _save_after)
+def _differentiate_after(ctx, grad):
+    x, attended, *weights, seed = ctx.saved_tensors
+    call = torch.ops.sat_lib.after_attention_backward
+    grad_x, grad_attended, flat = call(grad, x, attended, *weights, seed, ctx.dropout, ctx.eps)
+    return grad_x, grad_attended, *_unflattened(flat, _Weights(*weights)), None, None, None
+
+
+def _unflattened(flat: Tensor, weights: _Weights) -> _Weights:
+    """The flat gradient cut into those of the weights, in their shapes."""
+    parts = flat.split([getattr(weights, name).numel() for name in _FLAT])
+    grads = dict(zip(_FLAT, parts, strict=True))
+    return _Weights(**{name: grads[name].view_as(weight) for name, weight in weights._asdict().items()})
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _behind_norm(norm: torch.nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear layer with the gain and bias of the norm before it moved into it, whose gradients then give theirs."""
+    return weight * norm.weight, bias + (weight * norm.bias).sum(1)
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -234,99 +338,17 @@ def _through_norm(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
     return rstd * (grad - grad.mean(-1, keepdim=True) - normed * product)
 
 
-def _before_attention(x, weight, bias, eps):
-    projected = F.linear(_normalised(x, eps)[0], weight, bias)
-    return tuple(part.contiguous() for part in projected.chunk(3, -1))
+def _check_modules(norm: torch.nn.LayerNorm, *linears: tuple[torch.nn.Linear, int, int]) -> None:
+    shapes = [(WIDTH,), (WIDTH,)]
+    tensors = [norm.weight, norm.bias]
+    for linear, ins, outs in linears:
+        tensors += [linear.weight, linear.bias]
+        shapes += [(outs, ins), (outs,)]
+    got = [None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    wanted = [(shape, torch.float32) for shape in shapes]
+    require(got == wanted, f"norm, linears: wanted weights and biases {wanted}; got {got}")
 
 
-def _before_attention_backward(grad_q, grad_k, grad_v, grad_past, x, weight, bias, eps):
-    normed, rstd = _normalised(x, eps)
-    grad = torch.cat([grad_q, grad_k, grad_v], -1).to(x.dtype)
-    flat = grad.flatten(0, -2)
-    grads = torch.cat([(flat.T @ normed.flatten(0, -2)).flatten(), flat.sum(0)])
-    return grad_past + _through_norm(grad @ weight, normed, rstd), grads
-
-
-class _Forward:
-    """`after_attention`'s formulas on a CPU, with what the backward pass wants of them."""
-
-    def __init__(self, x, attended, *others):
-        out_weight, out_bias, up_weight, up_bias, down_weight, down_bias, seed, dropout, eps = others
-        self.masks = _masks(x, seed, dropout)
-        residual = x + F.linear(attended.to(x.dtype), out_weight, out_bias) * self.masks[0]
-        self.normed, self.rstd = _normalised(residual, eps)
-        self.raised = F.linear(self.normed, up_weight, up_bias)
-        self.hidden = F.gelu(self.raised) * self.masks[1]
-        self.y = residual + F.linear(self.hidden, down_weight, down_bias) * self.masks[2]
-
-
-def _masks(x: Tensor, seed: Tensor | None, dropout: float) -> tuple:
-    if seed is None:
-        return 1.0, 1.0, 1.0
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    keep = 1 - round(dropout * 65_536) / 65_536
-    shapes = [(*x.shape[:-1], width) for width in (WIDTH, HIDDEN, WIDTH)]
-    return tuple((torch.rand(shape, generator=generator, dtype=x.dtype) < keep) / keep for shape in shapes)
-
-
-def _after_attention(*arguments) -> Tensor:
-    return _Forward(*arguments).y
-
-
-def _after_attention_backward(grad, x, attended, *others):
-    out_weight, _, up_weight, _, down_weight, _, _, _, _ = others
-    there = _Forward(x, attended, *others)
-    grad_out = grad * there.masks[2]
-    u = there.raised
-    whole, density = (1 + torch.erf(u / math.sqrt(2))) / 2, (-u * u / 2).exp() / math.sqrt(2 * math.pi)
-    grad_raised = (grad_out @ down_weight) * there.masks[1] * (whole + u * density)
-    grad_x = grad + _through_norm(grad_raised @ up_weight, there.normed, there.rstd)
-    grad_projected = grad_x * there.masks[0]
-    pairs = ((grad_projected, attended.to(x.dtype)), (grad_raised, there.normed), (grad_out, there.hidden))
-    flat = [(left.flatten(0, -2), right.flatten(0, -2)) for left, right in pairs]
-    parts = [(left.T @ right).flatten() for left, right in flat] + [left.sum(0) for left, _ in flat]
-    return grad_x, (grad_projected @ out_weight).to(attended.dtype), torch.cat(parts)
-
-
-def _fake_before(x, weight, bias, eps):
-    dtype = torch.bfloat16 if x.device.type == "cuda" else x.dtype
-    return tuple(torch.empty_like(x, dtype=dtype) for _ in range(3))
-
-
-def _fake_before_backward(grad_q, grad_k, grad_v, grad_past, x, weight, bias, eps):
-    return torch.empty_like(x), x.new_empty(weight.numel() + bias.numel())
-
-
-def _fake_backward(grad, x, attended, *others):
-    return torch.empty_like(x), torch.empty_like(attended), x.new_empty(sum(weight.numel() for weight in others[:6]))
-
-
-for _name, _on_cpu, _fake in (
-    ("embedding_gradient", _embedding_gradient, lambda grad, tokens, rows: grad.new_empty(rows, grad.shape[-1])),
-    ("before_attention", _before_attention, _fake_before),
-    ("before_attention_backward", _before_attention_backward, _fake_before_backward),
-    ("after_attention", _after_attention, lambda x, *others: torch.empty_like(x)),
-    ("after_attention_backward", _after_attention_backward, _fake_backward),
-):
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, lambda *arguments, _name=_name: getattr(build.load(), _name)(*arguments), "CUDA")
-    torch.library.register_fake(f"sat_lib::{_name}", _fake, lib=_library)
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.dropout, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, grad):
-    tensors = ctx.saved_tensors
-    call = torch.ops.sat_lib.after_attention_backward
-    grad_x, grad_attended, flat = call(grad, *tensors, ctx.dropout, ctx.eps)
-    weights = tensors[2:8]
-    order = (0, 2, 4, 1, 3, 5)  # the weights, then the biases
-    parts = flat.split([weights[place].numel() for place in order])
-    grads = {place: part.view_as(weights[place]) for place, part in zip(order, parts, strict=True)}
-    return grad_x, grad_attended, *(grads[place] for place in range(6)), None, None, None
-
-
-torch.library.register_autograd("sat_lib::after_attention", _differentiate, setup_context=_save, lib=_library)
+def _check_residual(x: Tensor) -> None:
+    fits = x.shape[-1] == WIDTH and x.dtype == torch.float32
+    require(fits, f"x: wanted (..., {WIDTH}) float32; got {tuple(x.shape)} {x.dtype}")

@@ -178,6 +178,8 @@ def test_the_operators_are_whole(device):
     given = [weight.requires_grad_() for weight in weights(device)]
     seed = torch.tensor([5], device=device)
     torch.library.opcheck(torch.ops.sat_lib.after_attention, (x, attended, *given, seed, 0.3, EPS))
+    plain = [weight.detach() for weight in given]
+    torch.library.opcheck(torch.ops.sat_lib.after_attention_backward, (x, x, attended, *plain, seed, 0.3, EPS))
     weight, bias = random((3 * WIDTH, WIDTH), device), random((3 * WIDTH,), device)
     torch.library.opcheck(torch.ops.sat_lib.before_attention, (x, weight, bias, EPS))
     grads = torch.ops.sat_lib.before_attention(x, weight, bias, EPS)
