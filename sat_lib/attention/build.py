@@ -1,7 +1,8 @@
 """Compiles sat_lib/csrc with nvcc, the first time a CUDA tensor meets one of the operators, and loads the result.
 
 The built library lies in ~/.cache/sat_lib (or $XDG_CACHE_HOME/sat_lib), in a folder named by a digest of the sources,
-the flags, PyTorch, CUDA and the GPUs' architectures, so that a change of any of them builds anew.
+the flags, PyTorch, CUDA and the GPUs' architectures, so that a change of any of them builds anew. What the kernels of
+attention don't take is refused here too; of tensors on a CPU nothing is asked.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..common import files
 from ..common.errors import InputError, require
@@ -21,6 +23,36 @@ LIBRARY = "sat_lib_cuda"
 CUDA_FLAGS = ["-O3"]
 CXX_FLAGS = ["-O2"]
 WAY_OUT = "SAT_LIB_IMPLEMENTATION=reference in the environment chooses the plain PyTorch implementation, much slower"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (16, 32, 64, 128)
+LONGEST = 65_536
+GRID = 65_536  # thread blocks along the grid's second and third axis
+
+
+def check_operand(x: Tensor, length: int, block: int) -> None:
+    """Raise InputError if x (B, H, L, D) is on a GPU and the kernels can't take it; `length`: the other operand's."""
+    if x.device.type != "cuda":
+        return
+    require(max(x.shape[:2]) < GRID, f"batch, heads: the kernels take fewer than {GRID} each; got {tuple(x.shape[:2])}")
+    size, longest = x.shape[-1], max(x.shape[-2], length)
+    _check_format(x, block)
+    require(
+        size % 16 == 0 and 16 <= size <= 128,
+        f"head size: the kernels take multiples of 16 up to 128; got {size}. Choose another number of heads",
+    )
+    require(longest <= LONGEST, f"length: the kernels take at most {LONGEST} positions; got {longest}")
+
+
+def check_values(values: Tensor, block: int) -> None:
+    """Raise InputError if a sparse map's values (B, T, b, b) are on a GPU and the kernels can't take them."""
+    if values.device.type == "cuda":
+        _check_format(values, block)
+        require(len(values) < GRID, f"batch: the kernels take fewer than {GRID}; got {len(values)}")
+
+
+def _check_format(x: Tensor, block: int) -> None:
+    require(x.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {x.dtype}. Convert it with .to(...)")
+    require(block in BLOCKS, f"block: the kernels take {BLOCKS}; got {block}. {WAY_OUT}")
 
 
 @cache

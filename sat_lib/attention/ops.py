@@ -33,10 +33,6 @@ require(
     IMPLEMENTATION in IMPLEMENTATIONS,
     f"SAT_LIB_IMPLEMENTATION: wanted one of {IMPLEMENTATIONS}; got {IMPLEMENTATION!r}",
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKS = (16, 32, 64, 128)
-LONGEST = 65_536
-GRID = 65_536  # thread blocks along the grid's second and third axis
 
 
 def _lists(layout: BlockLayout) -> list[Tensor]:
@@ -48,6 +44,22 @@ def _index(layout: list[Tensor], block: int, heads: int, keys: int) -> reference
     row_offsets, row_columns, column_offsets, *_ = layout
     patterns = (len(column_offsets) - 1) // -(-keys // block)
     return reference.index_of(row_offsets, row_columns, block, (len(row_offsets) - 1) // patterns, heads, keys)
+
+
+def _check_scale(scale: float | None, size: int) -> float:
+    require(scale is None or scale > 0, f"scale: wanted more than 0; got {scale}")
+    return 1 / math.sqrt(size) if scale is None else scale
+
+
+def _check_values(values: Tensor, layout: BlockLayout, heads: int) -> None:
+    blocks = layout.kept_blocks * (heads if layout.heads is None else 1)
+    wanted = (blocks, layout.block, layout.block)
+    require(
+        values.dim() == 4 and values.shape[1:] == wanted and values.device == layout.device,
+        f"values: wanted (B, {', '.join(map(str, wanted))}) on {layout.device}; got {tuple(values.shape)} on "
+        f"{values.device}",
+    )
+    build.check_values(values, layout.block)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -79,7 +91,7 @@ def block_sparse_attention(
     check_attention_inputs(q, k, v, key_padding_mask)
     check_rules(pruned, window)
     check_layout(q, layout, k.shape[2])
-    _check_kernels(q, k.shape[2], layout.block)
+    build.check_operand(q, k.shape[2], layout.block)
     scale = _check_scale(scale, q.shape[-1])
     if window is not None and window >= max(q.shape[2], k.shape[2]):
         window = None  # leaves nothing out
@@ -168,7 +180,7 @@ def sddmm(
         return reference.sddmm(q, k, layout, scale, key_padding_mask)
     check_attention_inputs(q, k, k, key_padding_mask)
     check_layout(q, layout, k.shape[2])
-    _check_kernels(q, k.shape[2], layout.block)
+    build.check_operand(q, k.shape[2], layout.block)
     scale = _check_scale(scale, q.shape[-1])
     return torch.ops.sat_lib.sddmm(q, k, _lists(layout), key_padding_mask, layout.block, scale)
 
@@ -281,7 +293,7 @@ def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tenso
     _check_values(weights, layout, v.shape[1])
     require(weights.dtype == v.dtype, f"weights, v: wanted one dtype; got {weights.dtype} and {v.dtype}")
     layout.check(v.shape[1], queries, v.shape[2])
-    _check_kernels(v, queries, layout.block)
+    build.check_operand(v, queries, layout.block)
     return torch.ops.sat_lib.spmm(weights, v, _lists(layout), None, layout.block, queries, 1.0)
 
 
@@ -348,7 +360,7 @@ def attention_statistics(
     if IMPLEMENTATION == "reference":
         return statistics.attention_statistics(q, k, block, key_padding_mask=key_padding_mask, scale=scale)
     check_attention_inputs(q, k, k, key_padding_mask)
-    _check_kernels(q, k.shape[2], block)
+    build.check_operand(q, k.shape[2], block)
     scale = _check_scale(scale, q.shape[-1])
     call = torch.ops.sat_lib.attention_statistics
     return AttentionStatistics(*call(q.detach(), k.detach(), key_padding_mask, block, scale))
@@ -368,43 +380,3 @@ def _(q, k, mask, block, scale):
     dtype = torch.promote_types(q.dtype, torch.float32)
     (queries, keys), blocks = (q.shape[2], k.shape[2]), (-(-q.shape[2] // block), -(-k.shape[2] // block))
     return q.new_empty(queries, keys, dtype=dtype), q.new_empty(blocks, dtype=dtype)
-
-
-# ---- what the kernels can take ---------------------------------------------------------------------------------------
-
-
-def _check_values(values: Tensor, layout: BlockLayout, heads: int) -> None:
-    blocks = layout.kept_blocks * (heads if layout.heads is None else 1)
-    wanted = (blocks, layout.block, layout.block)
-    require(
-        values.dim() == 4 and values.shape[1:] == wanted and values.device == layout.device,
-        f"values: wanted (B, {', '.join(map(str, wanted))}) on {layout.device}; got {tuple(values.shape)} on "
-        f"{values.device}",
-    )
-    if values.device.type == "cuda":
-        _check_format(values, layout.block)
-        require(len(values) < GRID, f"batch: the kernels take fewer than {GRID}; got {len(values)}")
-
-
-def _check_format(x: Tensor, block: int) -> None:
-    require(x.dtype in DTYPES, f"dtype: the kernels take {DTYPES}; got {x.dtype}. Convert it with .to(...)")
-    require(block in BLOCKS, f"block: the kernels take {BLOCKS}; got {block}. {build.WAY_OUT}")
-
-
-def _check_scale(scale: float | None, size: int) -> float:
-    require(scale is None or scale > 0, f"scale: wanted more than 0; got {scale}")
-    return 1 / math.sqrt(size) if scale is None else scale
-
-
-def _check_kernels(x: Tensor, length: int, block: int) -> None:
-    """Raise InputError if x is on a GPU and the kernels can't take it; `length` is that of the other operand."""
-    if x.device.type != "cuda":
-        return
-    require(max(x.shape[:2]) < GRID, f"batch, heads: the kernels take fewer than {GRID} each; got {tuple(x.shape[:2])}")
-    size, longest = x.shape[-1], max(x.shape[-2], length)
-    _check_format(x, block)
-    require(
-        size % 16 == 0 and 16 <= size <= 128,
-        f"head size: the kernels take multiples of 16 up to 128; got {size}. Choose another number of heads",
-    )
-    require(longest <= LONGEST, f"length: the kernels take at most {LONGEST} positions; got {longest}")

@@ -1,5 +1,6 @@
 // The only file that meets torch: takes tensors apart, allocates results, picks device and stream, reports errors.
-// sat_lib/attention/ops.py has checked the arguments and registers these functions' autograd, fake and CPU counterparts.
+// sat_lib/attention/ops.py and sat_lib/model/fused.py have checked the arguments and register these functions' CPU
+// forms, fake kernels and gradients.
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>

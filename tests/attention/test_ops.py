@@ -93,6 +93,22 @@ def test_large_scores_stay_finite_and_right(pruned, number_format):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_an_operand_may_be_the_only_one_that_takes_a_gradient(place, number_format):
+    device, dtype, *_ = number_format
+    layout = layouts(4, 4, 16, 2)["per head"].to(device)
+    given = inputs(50, 50, device, dtype, size=32)
+    alone = [x if index == place else x.detach() for index, x in enumerate(given)]
+
+    def three_operations(q, k, v):
+        return spmm(sparse_softmax(sddmm(q, k, layout), layout, 2, 50), v, layout, 50)
+
+    for attend in (partial(block_sparse_attention, layout=layout), three_operations):
+        wanted = torch.autograd.grad(attend(*given).sum(), given)[place]
+        assert torch.equal(torch.autograd.grad(attend(*alone).sum(), alone[place])[0], wanted)
+        assert attend(*(x.detach() for x in given)).grad_fn is None
+
+
 def check_operation(operation, plain, operands, number_format):
     out, gradients = with_gradients(operation, operands)
     want, wanted = with_gradients(plain, [x.detach().double().requires_grad_() for x in operands])
