@@ -3,7 +3,7 @@
 A case of `kernels` is one measurement of one sweep; "fused" is `ops.block_sparse_attention`, "three operations" are
 `ops.sddmm`, `sparse_softmax` and `spmm`, "reference" is plain PyTorch. Peers: "materialised" and "sdpa" are dense,
 "flex N" is torch's flex_attention on the layout coarsened to blocks of N, "cusparse" PyTorch's CSR products, forward
-only. A case of `layer` is an operator of `layer_ops`, or "copy", by which to divide its floor. Floors are the bytes of
+only. A case of `layer` is an operator of `fused`, or "copy", by which to divide its floor. Floors are the bytes of
 each operand read or written once. Nothing here reads or writes files.
 """
 

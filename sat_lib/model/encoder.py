@@ -333,7 +333,7 @@ class Encoder(nn.Module):
             layer.attention.layout = layout
 
     def fuse(self, *, compiled: bool) -> None:
-        """Compute with the operators of `layer_ops` from now on, under bfloat16 autocast.
+        """Compute with the operators of `fused` from now on, under bfloat16 autocast.
 
         The parameters stay what they are. Results differ by rounding, and by the masks that dropout draws.
 

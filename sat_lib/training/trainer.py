@@ -51,7 +51,7 @@ class Trainer:
 
     Args:
         config: model and recipe. data: the task's splits. device: where the model and its batches live.
-        step: "plain", PyTorch's modules one by one; "fast", the operators of `layer_ops`, torch.compile and, on a GPU,
+        step: "plain", PyTorch's modules one by one; "fast", the operators of `fused`, torch.compile and, on a GPU,
             a CUDA graph; "auto", fast on a GPU wherever the model is one that it is made for: `fast` tells,
             `why_plain` why not. Both give the same results but for rounding and dropout's draws.
 
