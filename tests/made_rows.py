@@ -1,6 +1,9 @@
 """Rows as experiments write them, for tests of what is drawn and said of rows."""
 
+import numpy as np
 import pandas as pd
+
+from sat_lib.figures import claims
 
 STAMP = {"device": "NVIDIA H100", "commit": "0123456789ab", "torch": "2.13.0", "date": "2026-01-01T00:00:00+00:00"}
 WHOLE = {"cifar10": 45_000, "agnews": 114_000, "yelp": 550_000, "inaturalist": 427_513, "imdb": 23_750}
@@ -21,3 +24,26 @@ def runs(task: str, means: dict[str, list[float]], switched=(200,), **more) -> p
             extent = {"train_examples": WHOLE[task], "data_official": True, "experiment": "accuracy"}
             lines.append(case | result | extent | STAMP | more)
     return pd.DataFrame(lines)
+
+
+def near(mean: float, count: int = 3) -> list[float]:
+    """Seeds about a mean, a sample deviation of 0.1 apart."""
+    return [mean + 0.1 * step for step in np.linspace(-1, 1, count)]
+
+
+def steps(times: dict[str, float], **more) -> pd.DataFrame:
+    """Rows of training steps: milliseconds, and as many bytes, by kind of step."""
+    lines = []
+    for kind, ms in times.items():
+        attention, _, compute = kind.partition(", ")
+        line = {"task": "agnews", "kind": kind, "attention": attention, "implementation": compute, "step": "fast"}
+        line |= {"median_ms": ms, "low_ms": 0.9 * ms, "high_ms": 1.1 * ms, "peak_bytes": ms}
+        lines.append(line | STAMP | more)
+    return pd.DataFrame(lines)
+
+
+def verdict_of(frames: dict[str, pd.DataFrame], words: str) -> pd.Series:
+    """The line of the one claim that has these words."""
+    lines = claims.verdicts(frames)
+    (number,) = lines.index[lines["claim"].str.contains(words, regex=False)]
+    return lines.loc[number]

@@ -7,7 +7,7 @@ import pandas as pd
 
 from .. import experiments, figures
 from ..common import files
-from ..figures import ablations, claims, claims_figure, patterns, pretrained, speed, training
+from ..figures import ablations, claims, claims_figure, evidence, patterns, pretrained, speed, training
 
 # stage -> experiment whose rows it draws, which of them (None: all), and how
 FIGURES = {
@@ -94,7 +94,7 @@ def _draw_verdicts(root: Path) -> None:
 
 def all_rows(root: Path = files.ROOT) -> dict[str, pd.DataFrame]:
     """Experiment -> its rows."""
-    names = (*claims.SOURCES, "best")
+    names = (*evidence.SOURCES, "best")
     return {name: experiments.rows(name, "paper", measure=False, root=root) for name in names}
 
 

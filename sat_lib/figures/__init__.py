@@ -27,21 +27,6 @@ _NUMBERS = {"dense": 0, "sat": 1, "sat, dense phase": 2, "longformer": 3, "bigbi
 PALETTE = {name: _COLOURS[number] for name, number in _NUMBERS.items()}
 PALETTE["sat, sparse phase"] = PALETTE["fused"] = PALETTE["sat"]
 PALETTE |= {"sdpa": PALETTE["dense"], "reference": PALETTE["longformer"], "flex 64": PALETTE["bigbird"]}
-TASK_NAMES = {"agnews": "AG News", "yelp": "Yelp", "cifar10": "CIFAR-10", "inaturalist": "iNaturalist", "imdb": "IMDB"}
-PUBLISHED_ACCURACY = {  # percent, mean of five runs (the paper's accuracy table)
-    "dense": {"agnews": 71.43, "yelp": 76.77, "cifar10": 41.84, "inaturalist": 52.50},
-    "longformer": {"agnews": 77.39, "yelp": 80.81, "cifar10": 43.47, "inaturalist": 54.32},
-    "bigbird": {"agnews": 76.85, "yelp": 80.94, "cifar10": 42.24, "inaturalist": 52.96},
-    "lsg": {"agnews": 80.69, "yelp": 80.42, "cifar10": 43.04, "inaturalist": 54.17},
-    "sat": {"agnews": 82.42, "yelp": 81.53, "cifar10": 43.16, "inaturalist": 53.19},
-}
-PUBLISHED_STEP_MS = {  # batch 512 on four RTX A5000, read off the paper's figure, to about 3 ms
-    "longformer": {"agnews": 240, "yelp": 241, "cifar10": 129, "inaturalist": 129},
-    "bigbird": {"agnews": 397, "yelp": 398, "cifar10": 216, "inaturalist": 216},
-    "lsg": {"agnews": 174, "yelp": 175, "cifar10": 95, "inaturalist": 95},
-    "sat": {"agnews": 160, "yelp": 162, "cifar10": 76, "inaturalist": 78},
-}
-PUBLISHED_SPEED_UP = {"QK^T": 1.55, "softmax": 37.34, "AV": 2.34}  # forward, CIFAR-10, RTX A5000
 
 
 def style() -> None:

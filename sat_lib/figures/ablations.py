@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..training.recipe import best_recipe, case_config
-from . import PAGE, PALETTE, TASK_NAMES, new, style
-from .claims import gap
+from . import PAGE, PALETTE, new, style
+from .judge import gap
+from .published import task_name
 from .training import switch_span
 
 # What a layout comes from, told by the first word of its name, and its colour.
@@ -121,7 +122,7 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         _mass(axes[1], of_task)
         _switch(axes[2], of_task)
         _others(axes[3], of_task, single)
-        part.suptitle(TASK_NAMES.get(task, task), fontsize=8)
+        part.suptitle(task_name(task), fontsize=8)
     points = {"marker": "o", "markersize": 4, "linestyle": ""}
     handles = [Line2D([], [], color=colour, label=kind, **points) for kind, (_, colour) in KINDS.items()]
     handles.append(Line2D([], [], color=PALETTE["dense"], linestyle=":", label="dense attention"))
@@ -218,7 +219,7 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
     number = lambda name, form, factor=1: _texts(factor * lines[name].astype(float), form)
     return pd.DataFrame(
         {
-            "task": [TASK_NAMES.get(task, task) for task in lines["task"]],
+            "task": [task_name(task) for task in lines["task"]],
             "changed": lines["group"],
             "to": [_number(value) for value in lines["value"]],
             "runs": lines["runs"],
@@ -250,7 +251,7 @@ def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
             dense = pd.concat([forced, of_task[of_task["group"] == "dense"]])
             parts = [(f"{step:.0f}", part) for step, part in forced.groupby("transition_step")]
             for label, part in [*parts, *rules.groupby("value", sort=False)]:
-                place = {"task": TASK_NAMES.get(task, task), "of": name, "step or rule": label}
+                place = {"task": task_name(task), "of": name, "step or rule": label}
                 lines.append(place | _switch_line(part, best, dense))
     return pd.DataFrame(lines)
 
@@ -298,7 +299,7 @@ def conclusions(rows: pd.DataFrame) -> list[str]:
         best = CENTRES["best"]
         of_best = of_task["group"].isin([best.group, *best.switches])
         for name, around in (("base", of_task[~of_best]), ("best", of_task[of_best])):
-            found += _around(TASK_NAMES.get(task, task), name, around)
+            found += _around(task_name(task), name, around)
     return found
 
 
@@ -358,7 +359,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
             fast, gain = part.loc[part["step"] == "fast", "step_ms"], gap(ours, part["percent"])
             lines.append(
                 {
-                    "task": TASK_NAMES.get(task, task),
+                    "task": task_name(task),
                     "steps": steps,
                     "attention": method,
                     **_accuracy(part["percent"]),
@@ -418,7 +419,7 @@ def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             axis.set_title(label)
             axis.set_ylim(bottom=None if name == "correlation" else 0)
             sns.despine(ax=axis)
-        line[0].set_ylabel(TASK_NAMES.get(task, task))
+        line[0].set_ylabel(task_name(task))
     for axis in axes[-1]:
         axis.set_xlabel("step of the dense phase")
     handles = [Line2D([], [], color=colour, label=init) for init, colour in INITS.items()]
@@ -436,7 +437,7 @@ def diagnosis_table(rows: pd.DataFrame) -> pd.DataFrame:
         mean = part.drop(columns=["task", "init"]).mean()
         table.append(
             {
-                "task": TASK_NAMES.get(task, task),
+                "task": task_name(task),
                 "W^P starts": init,
                 "runs": part["seed"].nunique(),
                 "step": int(mean["step"]),

@@ -8,25 +8,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ..training.recipe import PAPER_TASKS
-from . import PAGE, PALETTE, PUBLISHED_ACCURACY, PUBLISHED_SPEED_UP, TASK_NAMES, new
-from .claims import (
-    ENOUGH,
-    PUBLISHED_BIGBIRD,
-    PUBLISHED_MEMORY,
-    SOURCES,
-    SPARSE_OPERATIONS,
+from . import PAGE, PALETTE, new
+from .evidence import (
     Frames,
-    comparable,
-    gap,
     memory_ratios,
-    operations,
+    operation_ratios,
     percent,
     step_memory_ratios,
     step_ratios,
-    training_runs,
+    task_runs,
     where,
+    with_sources,
 )
-from .speed import OPERATIONS
+from .judge import ENOUGH, gap
+from .published import published_value, task_name
 
 MARKS = {  # series of the right panel: mark and colour
     "layer of transformers": ("s", PALETTE["bigbird"]),
@@ -36,12 +31,13 @@ MARKS = {  # series of the right panel: mark and colour
     "the most of all cases": ("X", PALETTE["dense"]),
     "bfloat16": ("P", PALETTE["longformer"]),
 }
+SPARSE_OPERATIONS = {"softmax": "softmax", "QK^T": "SDDMM", "AV": "SpMM"}
 _STEP_SERIES = dict(zip(("bigbird, transformers", "bigbird, library", "bigbird, kernel"), MARKS, strict=False))
 
 
 def verdict_figure(frames: Frames) -> tuple[Figure, pd.DataFrame]:
     """Ours beside the published values: SAT's accuracy less dense attention's by task, and ratios over published."""
-    frames = {name: frames.get(name, pd.DataFrame()) for name in SOURCES}
+    frames = with_sources(frames)
     gains, ratios = _gain_lines(frames), _ratio_lines(frames)
     figure, ((left, right),) = new(PAGE, 3.2, 1, 2)
     _draw_gains(left, gains)
@@ -64,42 +60,39 @@ def figure_rows(frames: Frames) -> pd.DataFrame:
 
 def _gain_lines(frames: Frames) -> pd.DataFrame:
     """A line per task and seed of SAT, and one with mean and standard error."""
-    runs, lines = training_runs(frames, "accuracy", "accuracy_short"), []
+    lines = []
     for name in PAPER_TASKS:
-        published = PUBLISHED_ACCURACY["sat"][name] - PUBLISHED_ACCURACY["dense"][name]
-        common = {"panel": "accuracy", "name": TASK_NAMES[name], "published": published}
-        whole = comparable(runs, name, False)
-        some = whole if len(whole) else comparable(runs, name, True)
-        common["part"] = not len(whole) and len(some) > 0
-        sat, dense = percent(some, "sat"), percent(some, "dense")
+        runs = task_runs(frames, name)
+        sat, dense = percent(runs, "sat"), percent(runs, "dense")
+        common = {"panel": "accuracy", "name": task_name(name), "published": published_value("gain")[name]}
+        common["part"] = len(runs) > 0 and bool(runs["part"].all())
         found = gap(sat, dense)
-        lines.append(common | {"series": "mean", "ours": np.nan if found is None else found.difference,
-                               "error": np.nan if found is None else found.error})  # fmt: skip
+        measured = {} if found is None else {"ours": found.difference, "error": found.error}
+        lines.append(common | {"series": "mean"} | measured)
         if found is not None:
-            seeds = zip(some.loc[sat.index, "seed"], sat - dense.mean(), strict=True)
+            seeds = zip(runs.loc[sat.index, "seed"], sat - dense.mean(), strict=True)
             lines += [common | {"series": "seed", "seed": seed, "ours": value} for seed, value in seeds]
-    return pd.DataFrame(lines).reindex(
-        columns=["panel", "name", "series", "seed", "ours", "error", "published", "part"]
-    )
+    columns = ["panel", "name", "series", "seed", "ours", "error", "published", "part"]
+    return pd.DataFrame(lines).reindex(columns=columns)
 
 
 def _ratio_lines(frames: Frames) -> pd.DataFrame:
     """A line per claim and way of measuring it."""
-    lines = []
+    lines, timed = [], where(operation_ratios(frames), task="cifar10")
     for name in PAPER_TASKS:
-        for kind, ratio in step_ratios(where(frames["step"], task=name), name).items():
-            if kind in _STEP_SERIES:
-                lines.append((f"step, {TASK_NAMES[name]}", _STEP_SERIES[kind], ratio.value, PUBLISHED_BIGBIRD[name]))
-    timed = where(operations(frames), task="cifar10")
+        published = published_value("bigbird_over_sat")[name]
+        for step, ratio in step_ratios(frames, name).items():
+            if step in _STEP_SERIES:
+                lines.append((f"step, {task_name(name)}", _STEP_SERIES[step], ratio.value, published))
     for name, label in SPARSE_OPERATIONS.items():
-        dense, sparse = OPERATIONS[name]
-        for _, row in timed.iterrows():
-            lines.append((label, row["arithmetic"], row[f"{dense}_ms"] / row[f"{sparse}_ms"], PUBLISHED_SPEED_UP[name]))
+        published = published_value("speed_up")[name]
+        lines += [(label, row["arithmetic"], row[name], published) for _, row in timed.iterrows()]
     most = {
-        "memory, attention": memory_ratios(frames["kernels"], "materialised"),
-        "memory, step": step_memory_ratios(frames["step"])["ratio"],
+        "memory, attention": memory_ratios(frames, "materialised"),
+        "memory, step": step_memory_ratios(frames)["ratio"],
     }
-    lines += [(label, "the most of all cases", part.max(), PUBLISHED_MEMORY) for label, part in most.items()]
+    memory = published_value("memory")
+    lines += [(label, "the most of all cases", ratios.max(), memory) for label, ratios in most.items()]
     drawn = pd.DataFrame(lines, columns=["name", "series", "ours", "published"]).assign(panel="ratio")
     return drawn.assign(ours_over_published=drawn["ours"] / drawn["published"])
 

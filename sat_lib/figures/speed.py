@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from . import COLUMN, PAGE, PALETTE, PUBLISHED_SPEED_UP, PUBLISHED_STEP_MS, TASK_NAMES, new
+from . import COLUMN, PAGE, PALETTE, new
+from .published import published_value, task_name
 
 # ---- 04, 05: time of steps and operations ----------------------------------------------------------------------------
 
@@ -27,7 +28,7 @@ def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         spread = np.stack([part["median_ms"] - part["low_ms"], part["high_ms"] - part["median_ms"]]).astype(float)
         _step_bars(axes[0, column], part, part["median_ms"].astype(float), spread)
         _step_bars(axes[1, column], part, part["peak_bytes"].astype(float) / 2**30, None)
-        axes[0, column].set_title(TASK_NAMES.get(task, task))
+        axes[0, column].set_title(task_name(task))
     axes[0, 0].set_ylabel("training step (ms, median)")
     axes[1, 0].set_ylabel("peak memory of a step (GiB)")
     return figure, drawn
@@ -59,21 +60,20 @@ def over_sat(rows: pd.DataFrame) -> pd.Series:
 
 def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = ("cifar10", "agnews")) -> pd.DataFrame:
     """Time, peak memory, and `over_sat` beside the published ratio, for some of the tasks."""
-    rows = rows.assign(over=over_sat(rows))
-    lines = []
+    rows, step_ms, lines = rows.assign(over=over_sat(rows)), published_value("step_ms"), []
     for kind, part in rows.groupby("kind", sort=False):
         line = {"step of": kind}
         for name in tasks:
             one = part[part["task"] == name].reindex(columns=["median_ms", "peak_bytes", "over"]).astype(float)
             one = one.iloc[0] if len(one) else pd.Series(np.nan, one.columns)
-            published = PUBLISHED_STEP_MS.get(part["attention"].iloc[0], {}).get(name)
+            published = step_ms.get(part["attention"].iloc[0], {}).get(name)
             told = published is not None and "dense phase" not in kind and not part["model"].iloc[0]
-            ratio = f"{published / PUBLISHED_STEP_MS['sat'][name]:.2f}" if told else "-"
+            ratio = f"{published / step_ms['sat'][name]:.2f}" if told else "-"
             line |= {
-                f"{TASK_NAMES[name]} ms": _short(one["median_ms"]),
-                f"{TASK_NAMES[name]} GiB": _short(one["peak_bytes"] / 2**30),
-                f"{TASK_NAMES[name]} time / SAT's": "-" if pd.isna(one["over"]) else f"{one['over']:.2f}",
-                f"{TASK_NAMES[name]} published": ratio,
+                f"{task_name(name)} ms": _short(one["median_ms"]),
+                f"{task_name(name)} GiB": _short(one["peak_bytes"] / 2**30),
+                f"{task_name(name)} time / SAT's": "-" if pd.isna(one["over"]) else f"{one['over']:.2f}",
+                f"{task_name(name)} published": ratio,
             }
         lines.append(line)
     return pd.DataFrame(lines)
@@ -84,6 +84,7 @@ OPERATIONS = {"QK^T": ("gemm_qk", "sddmm"), "softmax": ("softmax", "sparse_softm
 
 def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Forward time of the three attention operations, dense and sparse, with the ratio over each pair."""
+    speed_up = published_value("speed_up")
     lines = [
         {
             "task": row["task"],
@@ -92,7 +93,7 @@ def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             "dense_ms": row[f"{dense}_ms"],
             "sparse_ms": row[f"{sparse}_ms"],
             "ratio": row[f"{dense}_ms"] / row[f"{sparse}_ms"],
-            "published_ratio": PUBLISHED_SPEED_UP[operation] if row["task"] == "cifar10" else None,
+            "published_ratio": speed_up[operation] if row["task"] == "cifar10" else None,
         }
         for _, row in rows.iterrows()
         for operation, (dense, sparse) in OPERATIONS.items()
@@ -110,7 +111,7 @@ def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for place, ratio in zip(x, part["ratio"], strict=True):
             axis.annotate(f"{ratio:.1f}x", (place, part.iloc[place][["dense_ms", "sparse_ms"]].max()), ha="center",
                           va="bottom", fontsize=7)  # fmt: skip
-        axis.set(xticks=x, xticklabels=part["operation"], title=f"{TASK_NAMES.get(name, name)}, {dtype}")
+        axis.set(xticks=x, xticklabels=part["operation"], title=f"{task_name(name)}, {dtype}")
         axis.margins(y=0.15)
         sns.despine(ax=axis)
     for axis in axes[:, 0]:

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from . import COLUMN, PAGE, PALETTE, PUBLISHED_ACCURACY, TASK_NAMES, new, style
+from . import COLUMN, PAGE, PALETTE, new, style
+from .published import published_value, task_name
 
 PHASES = ("dense", "sparse")
 
@@ -182,12 +183,12 @@ def accuracy(rows: pd.DataFrame, published: bool = True) -> tuple[Figure, pd.Dat
     attentions = list(dict.fromkeys(drawn["attention"]))
     for place, name in enumerate(tasks):
         for side, attention in enumerate(attentions):
-            mean = PUBLISHED_ACCURACY.get(attention, {}).get(name) if published else None
+            mean = _published_mean(attention, name) if published else None
             if mean is not None:
                 x = place + 0.8 * ((side + 0.5) / len(attentions) - 0.5)
                 axis.plot(x, mean, "D", color="black", markersize=3, markerfacecolor="none", label="published")
     axis.set(xlabel="", ylabel="test accuracy (%)", xticks=range(len(tasks)))
-    axis.set_xticklabels([TASK_NAMES.get(name, name) for name in tasks])
+    axis.set_xticklabels([task_name(name) for name in tasks])
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     sns.despine(ax=axis)
@@ -201,17 +202,21 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
         percent = 100 * part["test_accuracy"]
         lines.append(
             {
-                "task": TASK_NAMES.get(name, name),
+                "task": task_name(name),
                 "attention": attention,
                 "runs": len(part),
                 "mean %": round(percent.mean(), 2),
                 "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
                 "switched at step": switch_span(part),
                 "seconds a run": round(run_seconds(part).median()),
-                "published mean %": PUBLISHED_ACCURACY.get(attention, {}).get(name),
+                "published mean %": _published_mean(attention, name),
             }
         )
     return pd.DataFrame(lines).drop(columns=[] if published else "published mean %")
+
+
+def _published_mean(attention: str, name: str) -> float | None:
+    return published_value("accuracy").get(attention, {}).get(name)
 
 
 def switch_span(rows: pd.DataFrame) -> str:

@@ -21,6 +21,10 @@ from ..common.errors import InputError, require
 from ..common.sources import modules, source_files
 
 NOT_A_PART = ("__main__", "reproduce")  # they run the notebooks and give them nothing
+DATA = {  # what modules read that isn't Python and isn't measured
+    files.PACKAGE / "figures/published.py": files.ROOT / "data/published.toml",
+    files.PACKAGE / "figures/claims.py": files.ROOT / "data/claims.toml",
+}
 LAST_RUN = {"running": "was cut off", "failed": "failed", "changed": "was overtaken by a change of its sources"}
 
 
@@ -196,7 +200,10 @@ def _is_literal(node: ast.expr | None) -> bool:
 
 
 def _sources(trees: Iterable[ast.Module]) -> list[Path]:
-    """The sat_lib files behind the imports of some cells; the whole package where an import names no module of it."""
+    """The sat_lib files behind the imports of some cells, and data that they read.
+
+    That is the whole package where an import names no module of it.
+    """
     every, found = modules(), set()
     for node in itertools.chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.Import):
@@ -209,7 +216,8 @@ def _sources(trees: Iterable[ast.Module]) -> list[Path]:
             package, _, rest = name.partition(".")
             if package == "sat_lib":
                 found |= _modules_of(PUBLIC.get(rest, rest), every)
-    return source_files(*found)
+    sources = source_files(*found)
+    return [*sources, *(data for reader, data in DATA.items() if reader in sources and data.exists())]
 
 
 def _modules_of(name: str, every: set[str]) -> set[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_rows import STAMP, runs
+from made_rows import STAMP, runs, verdict_of
 
 from sat_lib import experiments
 from sat_lib.common import distributed
@@ -12,12 +12,12 @@ from sat_lib.common.errors import InputError
 from sat_lib.experiments import row_files
 from sat_lib.experiments import training as training_experiment
 from sat_lib.experiments.sweep import Launch, sweep
-from sat_lib.figures import claims
 from sat_lib.figures import training as training_figures
-from sat_lib.figures.claims import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED
+from sat_lib.figures.judge import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from sat_lib.training import recipe
 
 MS = {(1, 256): 6.0, (1, 512): 10.0, (2, 512): 6.25, (2, 1024): 10.5}  # of a dense step; a sparse one takes half
+SEVERAL_GPUS = "one model on several GPUs"
 
 
 def step_rows() -> list[dict]:
@@ -84,7 +84,7 @@ def test_the_table_of_runs_says_where_processes_differ():
     ],
 )  # fmt: skip
 def test_several_gpus_have_to_agree_and_be_as_accurate_as_one(several, word, why):
-    found = claims.several_gpus(frames(several))
+    found = verdict_of(frames(several), SEVERAL_GPUS)
     assert found.verdict == word and why in found.why
     gains = "2 GPUs: 1.60 (batch 512), 1.90 (batch 1024) times the examples a second of one"
     assert word == NOT_RUN or gains in found.ours
@@ -92,12 +92,12 @@ def test_several_gpus_have_to_agree_and_be_as_accurate_as_one(several, word, why
 
 def test_rows_that_do_not_fit_together_are_no_verdict_and_no_error():
     made = frames(training_rows([42.0, 42.2], processes=4))  # no steps of four
-    assert claims.several_gpus(made).verdict == NOT_RUN
+    assert verdict_of(made, SEVERAL_GPUS).verdict == NOT_RUN
     made["data_parallel"] = made["data_parallel"].query("processes != 1")  # nothing to compare with
-    assert claims.several_gpus(made).verdict == NOT_RUN
+    assert verdict_of(made, SEVERAL_GPUS).verdict == NOT_RUN
     by_two = frames(training_rows([42.0, 42.2, 41.8]))
     by_two["accuracy"]["processes"] = 2
-    assert "one GPU" not in claims.several_gpus(by_two).ours
+    assert "one GPU" not in verdict_of(by_two, SEVERAL_GPUS).ours
 
 
 @pytest.mark.parametrize("kept", ["processes == 1", "processes == 2", "sweep == 'step'", "sweep == 'training'"])
@@ -115,7 +115,7 @@ def test_as_many_gpus_as_the_papers_reproduce_it():
     made = frames(training_rows([42.0, 42.2, 41.8], processes=4))
     four = [row | {"processes": 2 * row["processes"]} for row in step_rows() if row["processes"] == 2]
     made["data_parallel"] = pd.concat([made["data_parallel"], pd.DataFrame(four)], ignore_index=True)
-    assert claims.several_gpus(made).verdict == REPRODUCED
+    assert verdict_of(made, SEVERAL_GPUS).verdict == REPRODUCED
 
 
 def test_cases_are_unique_and_the_runs_of_one_process_are_those_of_accuracy():

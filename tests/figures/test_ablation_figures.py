@@ -6,7 +6,7 @@ from sat_lib import experiments
 from sat_lib.experiments import ablations as ablations_experiment
 from sat_lib.experiments import committed
 from sat_lib.figures import ablations
-from sat_lib.figures.claims import gap
+from sat_lib.figures.judge import gap
 
 
 def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, **more):

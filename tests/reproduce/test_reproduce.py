@@ -171,6 +171,13 @@ def test_a_changed_sat_lib_file_is_named_and_others_do_not_count(root):
     assert reasons == ["sat_lib/common/errors.py changed", "sat_lib/common/files.py changed"]
 
 
+def test_the_papers_numbers_are_a_source_of_what_draws_them(tmp_path):
+    put_notebook(tmp_path, "a", "from sat_lib.figures import training")
+    assert "data/published.toml" in stage_key(A, Place(tmp_path, "smoke"))["sources"]
+    put_notebook(tmp_path, "a", "from sat_lib.common import files")
+    assert "data/published.toml" not in stage_key(A, Place(tmp_path, "smoke"))["sources"]
+
+
 def test_imports_that_name_no_module_count_the_whole_package(tmp_path):
     put_notebook(tmp_path, "a", "from sat_lib import SomePublicName")
     sources = stage_key(A, Place(tmp_path, "smoke"))["sources"]

@@ -1,0 +1,220 @@
+"""What claims and their figure are made from: rows chosen and set beside each other. Nothing is judged here.
+
+`frames` are the rows of every experiment in `SOURCES`, by its name; one without rows is empty and has no columns.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from ..common import files
+from ..datasets.tasks import task
+from ..training.recipe import PUBLISHED
+from . import training
+from .judge import WHOLE, Ratio, bench, time_ratio
+from .speed import OPERATIONS
+
+SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "data_parallel", "motivation", "finetuning",
+           "pretrained_step", "patterns")  # fmt: skip
+_SAME_METHOD = {"steps", "warm_up", "eval_every"}  # may differ in a row that still counts as the published method
+_RUN = ["task", "attention", "seed", "model", "recipe"]  # what makes two runs the same
+
+Frames = dict[str, pd.DataFrame]
+
+
+def with_sources(frames: Frames) -> Frames:
+    """The same with a frame, if an empty one, for every experiment that is looked at."""
+    return {name: frames.get(name, pd.DataFrame()) for name in SOURCES}
+
+
+def where(frame: pd.DataFrame, **equal) -> pd.DataFrame:
+    """The rows with these values; a frame without rows needs no columns."""
+    for name, value in equal.items():
+        frame = frame[frame[name] == value] if len(frame) else frame
+    return frame
+
+
+def column(frame: pd.DataFrame, name: str) -> pd.Series:
+    """A column of numbers, NaN where none was measured."""
+    return frame[name].astype(float) if name in frame else pd.Series(np.nan, frame.index, float)
+
+
+def timed_steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of whole steps, with columns that say what was timed. Only here are the rows' own names taken apart.
+
+    Columns:
+        name: unique within a shape. phase: "dense" or "sparse" for SAT by the published method, else "".
+        compute: what computes the attention, such as "kernel". step_kind: "fast" or "plain".
+    """
+    if not len(rows):
+        return rows
+    name = rows["kind"] if "kind" in rows else rows["attention"]
+    phase = name.str.extract(r"^sat, (dense|sparse) phase", expand=False).fillna("")
+    return rows.assign(name=name, phase=phase, compute=rows.get("implementation"), step_kind=rows.get("step", ""))
+
+
+def kernel_rows(frames: Frames, sweep: str, **equal) -> pd.DataFrame:
+    """Rows of a sweep of the experiment `kernels`; their column `method` says what was timed."""
+    return where(where(frames["kernels"], sweep=sweep).rename(columns={"implementation": "method"}), **equal)
+
+
+def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
+    """Runs of the published method, each once, whichever experiment has it; `part` marks those that can't be set
+    beside a published accuracy, for fewer training examples or steps."""
+    found = [frames[name] for name in experiments if len(frames[name])]
+    if not found:
+        return pd.DataFrame()
+    runs = pd.concat(found, ignore_index=True)
+    runs = runs[[_is_published_method(case) for _, case in runs.iterrows()]]
+    same = [files.digest([run[name] for name in _RUN]) for run in runs[_RUN].astype(object).to_dict("records")]
+    runs = runs[~pd.Series(same, runs.index, dtype=object).duplicated()]
+    return runs.assign(part=[_is_part(run) for _, run in runs.iterrows()])
+
+
+def training_commands(runs: pd.DataFrame) -> str:
+    """The commands that runs of one task come from."""
+    return ", ".join(bench(experiment, "task", runs["task"]) for experiment in dict.fromkeys(runs["experiment"]))
+
+
+def _is_published_method(run: pd.Series) -> bool:
+    """Neither theta nor the density nor the model was changed; how a baseline is computed doesn't matter."""
+    return set(run["recipe"]) <= _SAME_METHOD and set(run["model"]) <= {"implementation"}
+
+
+def _is_part(run: pd.Series) -> bool:
+    steps = PUBLISHED[run["task"]].steps
+    fewer = run["train_examples"] < WHOLE * task(run["task"]).sizes["train"]
+    return bool(fewer or run["recipe"].get("steps", steps) < steps)
+
+
+def comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
+    """A task's runs on the whole data or on parts, of the setting that has most of them: others aren't mixed in."""
+    runs = where(runs, task=name, part=part)
+    if not len(runs):
+        return runs
+    settings = runs["recipe"].map(files.digest) + runs["train_examples"].astype(str)
+    return runs[settings == settings.value_counts().idxmax()]
+
+
+def task_runs(frames: Frames, name: str) -> pd.DataFrame:
+    """A task's comparable runs: those on the whole data; where there are none, those on a part."""
+    runs = training_runs(frames, "accuracy", "accuracy_short")
+    whole = comparable(runs, name, part=False)
+    return whole if len(whole) else comparable(runs, name, part=True)
+
+
+def switching_runs(frames: Frames, tasks: Iterable[str]) -> pd.DataFrame:
+    """SAT's runs of some tasks; those on a part of the data only where there are no others."""
+    runs = where(training_runs(frames, "accuracy", "training", "accuracy_short"), attention="sat")
+    runs = pd.concat([where(runs, task=name) for name in tasks])
+    return where(runs, part=runs["part"].all()) if len(runs) else runs
+
+
+def percent(runs: pd.DataFrame, attention: str) -> pd.Series:
+    """Test accuracies of an attention's runs."""
+    return 100 * column(where(runs, attention=attention), "test_accuracy")
+
+
+def runs_by_one(frames: Frames, name: str) -> pd.DataFrame:
+    """SAT's runs of a whole task by a single process."""
+    runs = where(comparable(training_runs(frames, "accuracy"), name, part=False), attention="sat")
+    return runs[~(column(runs, "processes") > 1)]
+
+
+def runs_by_most(frames: Frames) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs by as many processes as possible, and the steps of so many; both empty where one is missing."""
+    runs, steps = (where(frames["data_parallel"], sweep=sweep) for sweep in ("training", "step"))
+    if not len(runs) or not len(steps):
+        return pd.DataFrame(), pd.DataFrame()
+    steps = training.steps(steps).dropna(subset=["efficiency", "share_ms"])
+    most = max(set(runs["processes"]) & set(steps["processes"]), default=0)
+    return where(runs, processes=most), where(steps, processes=most)
+
+
+# ---- times and memory ------------------------------------------------------------------------------------------------
+
+
+def step_pairs(frames: Frames, name: str) -> dict[str, tuple[pd.Series, pd.Series]]:
+    """Name of a step -> its row and SAT's of a task, both fast or both plain: else the ratio would be that of the ways.
+
+    Steps without such a row of SAT's sparse phase, or without a time, are left out.
+    """
+    steps = where(timed_steps(frames["step"]), task=name)
+    if not len(steps):
+        return {}
+    steps = steps[steps["median_ms"].notna()]
+    sat = {row["step_kind"]: row for _, row in where(steps, phase="sparse").iterrows()}
+    return {row["name"]: (row, sat[row["step_kind"]]) for _, row in steps.iterrows() if row["step_kind"] in sat}
+
+
+def step_ratios(frames: Frames, name: str) -> dict[str, Ratio]:
+    """Name of a step -> its time over SAT's sparse phase, for one task."""
+    return {step: time_ratio(*pair) for step, pair in step_pairs(frames, name).items()}
+
+
+def operation_ratios(frames: Frames) -> pd.DataFrame:
+    """Rows that time single operations, with the arithmetic and, under an operation's name, dense over sparse time."""
+    rows = kernel_rows(frames, "operations")
+    if not len(rows):
+        return rows
+    ratios = {name: column(rows, f"{dense}_ms") / column(rows, f"{sparse}_ms")
+              for name, (dense, sparse) in OPERATIONS.items()}  # fmt: skip
+    return rows.assign(arithmetic=rows["dtype"] + np.where(rows["tf32"].eq(True), " with TF32", ""), **ratios)
+
+
+def memory_ratios(frames: Frames, method: str) -> pd.Series:
+    """Length -> peak memory of attention alone over the fused kernel's, at the same head size."""
+    peaks = [kernel_rows(frames, "length", method=name) for name in (method, "fused")]
+    if not all(map(len, peaks)):
+        return pd.Series(dtype=float)
+    both = peaks[0].merge(peaks[1], on=["length", "head_size", "batch"], suffixes=("", "_fused")).sort_values("length")
+    return (both["peak_bytes"] / both["peak_bytes_fused"]).set_axis(both["length"]).dropna()
+
+
+def step_memory_ratios(frames: Frames) -> pd.DataFrame:
+    """A line per task and step that isn't SAT's: peak memory over that of SAT's sparse phase."""
+    lines = [
+        {"task": name, "ratio": row["peak_bytes"] / sat["peak_bytes"]} | row[["name", "attention", "compute"]].to_dict()
+        for name in dict.fromkeys(frames["step"].get("task", ()))
+        for row, sat in step_pairs(frames, name).values()
+        if row["attention"] != "sat"
+    ]
+    return pd.DataFrame(lines, columns=["task", "ratio", "name", "attention", "compute"]).dropna()
+
+
+def fine_tuning_ratios(frames: Frames) -> dict[str, list[Ratio]]:
+    """Shape -> step time of fused dense attention over SAT's sparse phase, one for each density."""
+    steps, ratios = timed_steps(frames["pretrained_step"]), {}
+    for (name, length), part in steps.groupby(["architecture", "length"], sort=False) if len(steps) else ():
+        dense, sat = where(part, name="sdpa"), where(part, phase="sparse")
+        if len(dense) and len(sat):
+            ratios[f"{name}, {length} tokens"] = [time_ratio(dense.iloc[-1], line) for _, line in sat.iterrows()]
+    return ratios
+
+
+# ---- mass of attention maps ------------------------------------------------------------------------------------------
+
+
+def last_masses(frames: Frames) -> pd.DataFrame:
+    """A line per run, layer and head: percent of the mass by pattern in the last snapshot, at the run's density."""
+    rows = where(frames["patterns"], attention="sat")
+    return pd.concat([pd.DataFrame(), *(_masses(row) for _, row in rows.iterrows())], ignore_index=True)
+
+
+def _masses(row: pd.Series) -> pd.DataFrame:
+    lines = pd.DataFrame(row["comparison"])
+    lines = lines[np.isclose(lines["asked_density"], row["density"]) & (lines["step"] == lines["step"].max())]
+    table = 100 * lines.pivot_table(index=["layer", "head"], columns="pattern", values="mass_kept")
+    return table.rename(columns={"in use" if "in use" in table else "learned": "kept"})
+
+
+def masses_at_transition(frames: Frames) -> list[float]:
+    """Percent of the mass in the kept blocks, by layer and seed, of CIFAR-10 runs' mean maps at the transition."""
+    runs = where(training_runs(frames, "accuracy", "training"), task="cifar10", attention="sat")
+    return [
+        100 * (np.array(kept, float) * values).sum() / np.sum(values)
+        for maps in runs.get("maps", ())
+        if isinstance(maps, dict) and {"kept", "transition"} <= maps.keys()
+        for kept, values in zip(maps["kept"], np.array(maps["transition"], float), strict=True)
+    ]
