@@ -17,9 +17,12 @@ import pandas as pd
 
 from ..common import files
 from ..common.errors import InputError, require
+from ..datasets.tasks import TASKS
 from .evidence import Frames, column, with_sources
 from .judge import NOT_RUN, RULES, Claim, judge, span
 from .measures import MEASURES
+from .published import published_value
+from .speed import OPERATIONS
 
 PATH = files.ROOT / "data/claims.toml"
 
@@ -45,12 +48,25 @@ def _claim(table: dict[str, Any]) -> Claim:
     _require_known(f"{name}: rule", table["rule"], RULES)
     _require_known(f"{name}: measure", table["measure"], MEASURES)
     _require_keys(f"{name}, measured by {table['measure']}", MEASURES[table["measure"]][1], table)
+    _check_names(name, table)
     claim = Claim(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
     try:
         claim.published_text  # noqa: B018
     except (InputError, LookupError, ValueError) as error:
         raise InputError(f"{name}: {claim.shown!r} can't show {claim.published!r} ({error})") from error
     return claim
+
+
+def _check_names(name: str, table: dict[str, Any]) -> None:
+    """What a claim is about has to be something that there is."""
+    attentions = published_value("attention_names")
+    known = {"tasks": TASKS, "similar": TASKS, "attention": attentions, "against": attentions, "operation": OPERATIONS}
+    for key in filter(table.__contains__, known):
+        several, value = key in ("tasks", "against"), table[key]
+        wanted = "a list of names" if several else "one name"
+        require(isinstance(value, list) == several, f"{name}: {key}: wanted {wanted}; got {value!r}")
+        for each in value if several else [value]:
+            _require_known(f"{name}: {key}", each, known[key])
 
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:

@@ -44,8 +44,9 @@ def timed_steps(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of whole steps, with columns that say what was timed. Only here are the rows' own names taken apart.
 
     Columns:
-        name: unique within a shape. phase: "dense" or "sparse" for SAT by the published method, else "".
-        compute: what computes the attention, such as "kernel". step_kind: "fast" or "plain".
+        name: unique within a shape, such as "dense", "sat, dense phase", "bigbird, kernel" or "dense, plain".
+        phase: "dense" or "sparse" for SAT by the published method, else "". compute: what computes the attention:
+        "kernel", "library", "transformers", ... step_kind: "fast" or "plain".
     """
     if not len(rows):
         return rows

@@ -1,4 +1,4 @@
-"""Four words for a claim, and the rules that choose among them. What they look at is a `Finding`.
+"""Four words for a claim, and the rules that choose among them by what was found.
 
     judge("ratio", Finding(rows, numbers={"ours": 2.1, "published": 2.48}))  # "reproduced"
 
@@ -7,11 +7,13 @@ A new rule is a function of the numbers that it looks at, and a line in `RULES`.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..common.errors import require
 from .published import published_value
 
 REPRODUCED, IN_DIRECTION, NOT_REPRODUCED, NOT_RUN = WORDS = (
@@ -190,10 +192,17 @@ def bench(experiment: str, name: str, values: Iterable[str]) -> str:
 
 
 def judge(rule: str, finding: Finding) -> str:
-    """The word for a finding, by a rule's name in `RULES`."""
+    """The word for a finding, by a rule's name in `RULES`.
+
+    Raises:
+        InputError: the rule looks at other numbers than were measured.
+    """
     if not len(finding.rows) or not finding.judged:
         return NOT_RUN
-    return RULES[rule](**finding.numbers)
+    wanted, got = signature(RULES[rule]).parameters, finding.numbers
+    fits = f"rule {rule}: wanted {', '.join(wanted)}; the measure gives {', '.join(got)}. Take a rule that fits it"
+    require(wanted.keys() == got.keys(), fits)
+    return RULES[rule](**got)
 
 
 def judge_ratio(ours: float, published: float) -> str:

@@ -68,6 +68,11 @@ def test_a_new_claim_is_a_few_lines(tmp_path):
         ({"rule": "guess"}, "rule must be one of ratio, gain, .*; got 'guess'"),
         ({"measure": "guess"}, "measure must be one of parameter_counts, .*; got 'guess'"),
         ({"attention": None}, "measured by gain: wanted attention too"),
+        ({"attention": "guess"}, "attention must be one of dense, .*; got 'guess'"),
+        ({"against": ["guess"]}, "against must be one of dense, .*; got 'guess'"),
+        ({"tasks": ["guess"]}, "tasks must be one of cifar10, .*; got 'guess'"),
+        ({"tasks": "agnews"}, "tasks: wanted a list of names; got 'agnews'"),
+        ({"operation": "guess"}, "operation must be one of .*; got 'guess'"),
         (
             {"published": "accuracy.guess"},
             "accuracy.guess: published.toml has no 'guess' there. It has dense, ",

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from made_rows import near
 
+from sat_lib.common.errors import InputError
 from sat_lib.figures.judge import (
     IN_DIRECTION,
     NOT_REPRODUCED,
@@ -98,7 +99,7 @@ def test_each_rule_has_its_own_numbers(rule, numbers, word):
 
 def test_a_rule_takes_all_of_its_numbers_and_no_others():
     for rule in RULES:
-        with pytest.raises(TypeError):
+        with pytest.raises(InputError, match=f"rule {rule}: wanted .*; the measure gives guess"):
             judge(rule, Finding(ROWS, numbers={"guess": 1}))
 
 
