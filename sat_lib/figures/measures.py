@@ -343,17 +343,17 @@ def fine_tuning(claim: Claim, frames: Frames) -> Finding:
     """Accuracy of SAT by the released rule against dense fine-tuning, at every density."""
     rows = frames["finetuning"]
     parts = [part for _, part in rows.groupby(["model", "data"], sort=False)] if len(rows) else []
-    found = [_tuned(claim, part) for part in parts if {"dense", "sat"} <= set(part["attention"])]
+    pairs = [(part, where(part, attention="sat", pattern="learned", pruned="zero")) for part in parts]
+    found = [_tuned(claim, part, sat) for part, sat in pairs if len(sat) and len(percent(part, "dense"))]
     return _of_models("finetuning", rows, found) if found else Finding()
 
 
-def _tuned(claim: Claim, part: pd.DataFrame) -> Finding:
-    """Of one model and data set."""
+def _tuned(claim: Claim, part: pd.DataFrame, sat: pd.DataFrame) -> Finding:
+    """Of one model and data set; `sat` are its runs by the released rule."""
     (model, data), dense = part[["model", "data"]].iloc[0], percent(part, "dense")
     right, of = claim.one_answer.get(data, (0, 1))
     least = 100 * right / of  # where every example gets the same answer
-    learned = where(part, attention="sat", pattern="learned", pruned="zero")
-    by_density = {density: percent(some, "sat") for density, some in learned.groupby("density")}
+    by_density = {density: percent(some, "sat") for density, some in sat.groupby("density")}
     gaps = {density: gap(percents, dense) for density, percents in by_density.items()}
     best = max(gaps, key=lambda density: gaps[density].difference)
     shown = ", ".join(f"{mean(by_density[density])} at {density:g}" for density in reversed(by_density))

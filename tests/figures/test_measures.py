@@ -182,6 +182,8 @@ def test_fine_tuning_may_cost_accuracy_and_time():
     assert verdict_of({"finetuning": rows}, "also fine-tunes").verdict == IN_DIRECTION
     poor = rows.assign(test_accuracy=rows["test_accuracy"] - 0.1)
     assert verdict_of({"finetuning": poor}, "also fine-tunes").verdict == NOT_REPRODUCED
+    others = rows.assign(pruned="drop")  # not by the released rule
+    assert verdict_of({"finetuning": others}, "also fine-tunes").verdict == NOT_RUN
     equal = rows.assign(test_accuracy=[0.80, 0.81, 0.80, 0.81])
     assert verdict_of({"finetuning": equal}, "also fine-tunes").verdict == REPRODUCED
     shape = {"architecture": "bert-base", "length": 128, "low_ms": 10.0, "median_ms": 10.0, "high_ms": 10.0}
