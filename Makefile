@@ -45,7 +45,7 @@ install:
 reproduce: setup  ## run the notebooks that changed, to figures/smoke; PROFILE=paper for the published set-up
 	@$(VENV) -m sat_lib reproduce --profile $(PROFILE)
 
-figures: setup  ## redraw figures/paper from the committed rows, no GPU needed
+figures: setup  ## redraw figures/paper from the committed rows, those that changed; no GPU (2 minutes)
 	@$(VENV) -m sat_lib reproduce --profile paper --figures-only
 
 test: setup  ## run the tests

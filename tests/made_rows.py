@@ -1,9 +1,14 @@
 """Rows as experiments write them, for tests of what is drawn and said of rows."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
+from sat_lib import experiments
+from sat_lib.common import files
 from sat_lib.figures import claims
+from sat_lib.figures.evidence import SOURCES
 
 STAMP = {"device": "NVIDIA H100", "commit": "0123456789ab", "torch": "2.13.0", "date": "2026-01-01T00:00:00+00:00"}
 WHOLE = {"cifar10": 45_000, "agnews": 114_000, "yelp": 550_000, "inaturalist": 427_513, "imdb": 23_750}
@@ -47,3 +52,8 @@ def verdict_of(frames: dict[str, pd.DataFrame], words: str) -> pd.Series:
     lines = claims.verdicts(frames)
     (number,) = lines.index[lines["claim"].str.contains(words, regex=False)]
     return lines.loc[number]
+
+
+def committed_rows(root: Path = files.ROOT) -> dict[str, pd.DataFrame]:
+    """Experiment -> the rows that are committed."""
+    return {name: experiments.rows(name, "paper", measure=False, root=root) for name in SOURCES}

@@ -4,7 +4,6 @@ import pytest
 
 from sat_lib import experiments
 from sat_lib.experiments import ablations as ablations_experiment
-from sat_lib.experiments import committed
 from sat_lib.figures import ablations
 from sat_lib.figures.judge import gap
 
@@ -147,12 +146,6 @@ def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
     assert ablations.best_table(frames | {"best": pd.DataFrame()}).empty
     without = ablations.best_table(frames | {"best": pd.DataFrame(best[2:-3])}).set_index("attention")
     assert set(without["best gains"]) == {"-"} and len(without) == len(table) - 1
-
-
-def test_tables_can_be_drawn_without_any_row(tmp_path):
-    committed._draw_verdicts(tmp_path)
-    assert (tmp_path / "figures/paper/verdicts.md").exists()
-    assert not (tmp_path / "figures/paper/06_best_table.md").exists()
 
 
 def test_the_diagnosis_is_drawn_by_task_and_initialisation():

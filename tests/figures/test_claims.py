@@ -4,11 +4,11 @@ import tomllib
 
 import pandas as pd
 import pytest
-from made_rows import near, runs, steps
+from made_rows import committed_rows, near, runs, steps
 
+from sat_lib import figures
 from sat_lib.common import files
 from sat_lib.common.errors import InputError
-from sat_lib.experiments import committed as committed_experiment
 from sat_lib.figures import claims, claims_figure, published
 from sat_lib.figures.judge import NOT_RUN, REPRODUCED, RULES, WORDS
 from sat_lib.figures.measures import MEASURES
@@ -115,12 +115,12 @@ def test_without_rows_only_the_model_is_judged():
 
 
 def test_files_may_be_absent(tmp_path):
-    assert all(not len(frame) for frame in committed_experiment.all_rows(tmp_path).values())
+    assert all(not len(frame) for frame in committed_rows(tmp_path).values())
 
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, pd.DataFrame]:
-    return committed_experiment.all_rows()
+    return committed_rows()
 
 
 def test_every_verdict_is_one_of_four_words_and_every_command_can_be_given(committed):
@@ -130,11 +130,11 @@ def test_every_verdict_is_one_of_four_words_and_every_command_can_be_given(commi
         assert all(text and "|" not in text and "nan" not in text.split() for text in line), line
 
 
-@pytest.mark.parametrize(("document", "name"), [("REPRODUCE.md", "verdicts"), ("README.md", "verdicts_short")])
-def test_the_documents_quote_what_the_committed_rows_give(document, name, committed):
+@pytest.mark.parametrize(("name", "make"), [("verdicts", claims.verdict_table), ("verdicts_short", claims.short_table)])
+def test_the_committed_tables_are_what_the_committed_rows_give(name, make, committed):
     """`test_cli` holds the documents against figures/paper; this holds figures/paper against the rows."""
-    text = committed_experiment.figures.to_markdown(committed_experiment.SUMMARIES[name](committed))
-    assert text in (files.ROOT / document).read_text(), "run `make figures`"
+    text = (files.ROOT / f"figures/paper/{name}.md").read_text()
+    assert figures.to_markdown(make(committed)) == text, "run `make figures`"
 
 
 def test_the_figure_draws_what_there_is(committed):
