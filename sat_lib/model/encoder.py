@@ -1,6 +1,10 @@
-"""The encoder of the paper: embeddings, pre-norm layers, masked mean, two-layer head. Released sizes by default."""
+"""The encoder of the paper: embeddings, pre-norm layers, masked mean, two-layer head. Released sizes by default.
 
-from collections.abc import Sequence
+One path leads through it, `Encoder.forward`. What it is made of is handed in, as `Parts`: `PLAIN`, PyTorch's modules one
+by one, stands here; `model.fused` has fast parts of the same parameters.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,11 +15,10 @@ from torch import Tensor, nn
 from ..attention import get_attention
 from ..attention.baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
 from ..attention.layout import BlockLayout
-from ..attention.ops import IMPLEMENTATION, attention_statistics
+from ..attention.ops import attention_statistics
 from ..attention.reference import PRUNED_RULES
 from ..attention.statistics import block_correlation, sparse_statistics
 from ..common.errors import require
-from .fused import after_attention, before_attention, check_fusable, embed, masked_mean
 from .sparsity import SparsityParameter, freeze
 
 
@@ -23,14 +26,8 @@ from .sparsity import SparsityParameter, freeze
 class ModelConfig:
     """Sizes and choices of one model.
 
-    `attention` names an entry of `attention.ATTENTION`. For "sat", `sparsity_width` is the width of W^P: "head" (d,
-    released; the published parameter counts need it) or "embedding" (D, paper); `sparsity_init` an entry of
-    `sparsity.INITIALISATIONS`; `sparsity_target` what W^P is trained to foretell: "attention", the pooled map, or
-    "correlation", `statistics.block_correlation` (of several processes the mean of their shares'). `block` is BigBird's
-    and LSG's too; `window` (positions), `dilation` (one for all layers, or one a layer) and `global_token` are
-    Longformer's, `random_blocks` and `pattern_seed` BigBird's, `sparsity_factor` LSG's. `implementation` of these three
-    is "kernel" or "library" (see `baselines`). `mean_over` is what the mean over the positions divides by: "length",
-    all L, released; or "real", the tokens that aren't padding.
+    Raises:
+        InputError: a size or choice out of range, or sizes that the attention doesn't take.
     """
 
     vocab: int
@@ -39,23 +36,23 @@ class ModelConfig:
     length: int = 1024
     width: int = 64
     heads: int = 2
-    hidden: int = 128
+    hidden: int = 128  # of the feed-forward blocks, and of the head
     dropout: float = 0.1
-    masked_attention: bool = False
-    attention: str = "sat"
-    block: int = 32
-    pruned: str = "zero"
-    sparsity_width: str = "head"
-    sparsity_init: str = "released"
-    sparsity_target: str = "attention"
-    window: int = 64
-    dilation: int | tuple[int, ...] = 1
-    global_token: bool = False
-    random_blocks: int = 3
-    pattern_seed: int = 0
-    sparsity_factor: int = 2
-    implementation: str = "kernel"
-    mean_over: str = "length"
+    masked_attention: bool = False  # whether padding drops out of the attention; out of the mean it always does
+    attention: str = "sat"  # name in `attention.ATTENTION`
+    block: int = 32  # entries per block side, of SAT, BigBird and LSG
+    pruned: str = "zero"  # SAT's softmax over pruned entries, see `reference.PRUNED_RULES`
+    sparsity_width: str = "head"  # of W^P: "head", d, released (the published counts need it); or "embedding", D, paper
+    sparsity_init: str = "released"  # of W^P: name in `sparsity.INITIALISATIONS`
+    sparsity_target: str = "attention"  # what W^P predicts: the pooled map, or "correlation", see `block_correlation`
+    window: int = 64  # Longformer: positions
+    dilation: int | tuple[int, ...] = 1  # Longformer: one for all layers, or one a layer
+    global_token: bool = False  # Longformer
+    random_blocks: int = 3  # BigBird: of each block row
+    pattern_seed: int = 0  # BigBird: of its random blocks
+    sparsity_factor: int = 2  # LSG
+    implementation: str = "kernel"  # of the last three: "kernel" or "library", see `baselines`
+    mean_over: str = "length"  # what the mean over positions divides by: all L, released; or the "real", unpadded ones
 
     def __post_init__(self):
         get_attention(self.attention)
@@ -68,17 +65,13 @@ class ModelConfig:
         require(0 <= self.dropout < 1, f"dropout: wanted 0 to below 1; got {self.dropout}")
         require(self.block <= self.length, f"block: wanted at most the length {self.length}; got {self.block}")
         require(self.pruned in PRUNED_RULES, f"pruned: wanted one of {PRUNED_RULES}; got {self.pruned!r}")
-        require(
-            self.sparsity_width in ("head", "embedding"),
-            f"sparsity_width: wanted 'head' or 'embedding'; got {self.sparsity_width!r}",
-        )
-        require(
-            self.sparsity_target in ("attention", "correlation"),
-            f"sparsity_target: wanted 'attention' or 'correlation'; got {self.sparsity_target!r}",
-        )
-        require(
-            self.mean_over in ("length", "real"), f"mean_over: wanted 'length' or 'real'; got {self.mean_over!r}"
-        )
+        for name, one, other in (
+            ("sparsity_width", "head", "embedding"),
+            ("sparsity_target", "attention", "correlation"),
+            ("mean_over", "length", "real"),
+        ):
+            value = getattr(self, name)
+            require(value in (one, other), f"{name}: wanted {one!r} or {other!r}; got {value!r}")
         require(
             self.implementation in (IMPLEMENTATIONS if self.attention in BASELINES else ("kernel",)),
             f"implementation: wanted one of {list(IMPLEMENTATIONS)}, 'kernel' for dense and sat; got "
@@ -127,7 +120,7 @@ class ModelConfig:
 
 
 class LayerStatistics(NamedTuple):
-    """What is looked at in a layer: `statistics.AttentionStatistics`, and what else W^P may be trained to foretell."""
+    """What is looked at in a layer: `statistics.AttentionStatistics`, and what else W^P may be trained to predict."""
 
     mean_map: Tensor  # (L, L)
     pooled: Tensor  # (N, N)
@@ -155,29 +148,27 @@ class SelfAttention(nn.Module):
             length = config.length if config.sparsity_target == "attention" else None
             self.sparsity = SparsityParameter(config.blocks, width, config.sparsity_init, length)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, width) -> q, k, v, each (B, H, L, d)."""
-        return tuple(self._split_heads(linear(x)) for linear in (self.query, self.key, self.value))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
-
     def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
+        """x (B, L, width), mask (B, L) bool, True at keys that are seen -> (B, L, width), and statistics if wanted."""
         more = {}
         if self.global_projections is not None:
             inputs = zip(self.global_projections, (x[:, :1], x, x), strict=True)
-            more["global_qkv"] = tuple(self._split_heads(linear(part)) for linear, part in inputs)
-        out, seen = self._join(self.heads(x), mask, statistics, **more)
-        return self.out(out), seen
+            more["global_qkv"] = tuple(self.split_heads(linear(part)) for linear, part in inputs)
+        joined, seen = self.attend_by_head(self.heads(x), mask, statistics, **more)
+        return self.out(joined), seen
 
-    def attended_fused(
-        self, x: Tensor, norm: nn.LayerNorm, mask: Tensor | None, statistics: bool
-    ) -> tuple[Tensor, Tensor, LayerStatistics | None]:
-        """x to go on with; the heads' results of norm(x) side by side, (B, L, width), which `out` doesn't project."""
-        *qkv, x = before_attention(x, norm, (self.query, self.key, self.value))
-        return x, *self._join([self._split_heads(part) for part in qkv], mask, statistics)
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, width) -> q, k, v, each (B, H, L, d)."""
+        return tuple(self.split_heads(linear(x)) for linear in (self.query, self.key, self.value))
 
-    def _join(self, qkv: Sequence[Tensor], mask: Tensor | None, statistics: bool, **more):
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, L, width) -> (B, H, L, d)."""
+        return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+
+    def attend_by_head(
+        self, qkv: Sequence[Tensor], mask: Tensor | None, statistics: bool, **more
+    ) -> tuple[Tensor, LayerStatistics | None]:
+        """q, k, v -> the heads' results side by side, (B, L, width), before the output projection; and statistics."""
         if self.layout is not None:
             more["layout"] = self.layout
         out = self.attend(*qkv, key_padding_mask=mask, **more)
@@ -195,10 +186,24 @@ class SelfAttention(nn.Module):
         return LayerStatistics(*seen, block_correlation(v, block, mask) if wanted else None)
 
 
-class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). For `fused` see `Encoder.fuse`."""
+class FeedForward(nn.Sequential):
+    """Two linear layers with GELU between them, dropout behind each."""
 
-    fused = False
+    def __init__(self, width: int, hidden: int, dropout: float):
+        up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        super().__init__(up, nn.GELU(), nn.Dropout(dropout), down, nn.Dropout(dropout))
+
+    @property
+    def up(self) -> nn.Linear:
+        return self[0]
+
+    @property
+    def down(self) -> nn.Linear:
+        return self[3]
+
+
+class Layer(nn.Module):
+    """The modules of one layer. What it computes of them is handed in: see `Parts.layer`."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -206,23 +211,44 @@ class Layer(nn.Module):
         self.attention = SelfAttention(config, layer)
         self.dropout = nn.Dropout(config.dropout)
         self.norm_feed_forward = nn.LayerNorm(config.width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(config.width, config.hidden),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.hidden, config.width),
-            nn.Dropout(config.dropout),
-        )
+        self.feed_forward = FeedForward(config.width, config.hidden, config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
-        if self.fused:
-            x, attended, seen = self.attention.attended_fused(x, self.norm_attention, mask, statistics)
-            up, _, _, down, drop = self.feed_forward
-            dropout = drop.p if self.training else 0.0
-            return after_attention(x, attended, self.attention.out, self.norm_feed_forward, up, down, dropout), seen
-        attended, seen = self.attention(self.norm_attention(x), mask, statistics)
-        x = x + self.dropout(attended)
-        return x + self.feed_forward(self.norm_feed_forward(x)), seen
+    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool, compute: Callable):
+        return compute(self, x, mask, statistics)
+
+
+class Parts(NamedTuple):
+    """What the path through the encoder is made of: functions of its modules.
+
+    embed: (encoder, tokens (B, L)) -> (B, L, width); of LSG (B, L + 1, width), its global token first.
+    layer: (layer, x (B, L, width), mask (B, L) or None, statistics) -> (B, L, width), and `LayerStatistics` if wanted.
+    pool: (encoder, x (B, L, width), real (B, L)) -> (B, width), the mean over all L of norm(x), 0 at padding.
+    """
+
+    embed: Callable[["Encoder", Tensor], Tensor]
+    layer: Callable[[Layer, Tensor, Tensor | None, bool], tuple[Tensor, LayerStatistics | None]]
+    pool: Callable[["Encoder", Tensor, Tensor], Tensor]
+
+
+def _embed(encoder: "Encoder", tokens: Tensor) -> Tensor:
+    x = encoder.token(tokens) + encoder.position.weight
+    if encoder.global_token is not None:
+        x = torch.cat([encoder.global_token.expand(len(x), -1, -1), x], 1)
+    return encoder.dropout(x)
+
+
+def _layer(layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    attended, seen = layer.attention(layer.norm_attention(x), mask, statistics)
+    x = x + layer.dropout(attended)
+    return x + layer.feed_forward(layer.norm_feed_forward(x)), seen
+
+
+def _pool(encoder: "Encoder", x: Tensor, real: Tensor) -> Tensor:
+    return (encoder.norm(x) * real[..., None]).mean(1)
+
+
+PLAIN = Parts(_embed, _layer, _pool)
 
 
 class Output(NamedTuple):
@@ -241,9 +267,11 @@ class Encoder(nn.Module):
 
     LSG prepends a learned token (of the width's size, without a position), the global one, to the sequence. Behind the
     last layer it takes the place of position 0, as in the published code; where that is padding, it drops out with it.
+
+    `parts` are `PLAIN` until `fused.fuse` puts others in their place.
     """
 
-    fused = compiled = False
+    parts = PLAIN
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -280,34 +308,19 @@ class Encoder(nn.Module):
         )
         real = tokens != 0  # (B, L)
         mask = real if self.config.masked_attention else None
-        x = self._embed(tokens)
+        x = self.parts.embed(self, tokens)
         if self.global_token is not None and mask is not None:
             mask = F.pad(mask, (1, 0), value=True)
         seen = []
         for layer in self.layers:
-            x, layer_statistics = layer(x, mask, statistics)
+            x, layer_statistics = layer(x, mask, statistics, self.parts.layer)
             seen.append(layer_statistics)
         if self.global_token is not None:
             x = torch.cat([x[:, :1], x[:, 2:]], 1)
-        if self.fused:
-            mean = masked_mean(x, real, self.norm, compiled=self.compiled and self.training)
-        else:
-            mean = (self.norm(x) * real[..., None]).mean(1)
+        mean = self.parts.pool(self, x, real)
         if self.config.mean_over == "real":
             mean = mean * (self.config.length / real.sum(1, keepdim=True).clamp(min=1))
         return Output(self.head(mean), seen if statistics else [])
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """(B, L) -> (B, L, width), LSG's global token before them."""
-        if self.fused:
-            dropout, compiled = self.dropout.p if self.training else 0.0, self.compiled and self.training
-            return embed(
-                tokens, self.token.weight, self.position.weight, self.global_token, dropout, compiled=compiled
-            )
-        x = self.token(tokens) + self.position.weight
-        if self.global_token is not None:
-            x = torch.cat([self.global_token.expand(len(x), -1, -1), x], 1)
-        return self.dropout(x)
 
     @property
     def layouts(self) -> list[BlockLayout] | None:
@@ -331,27 +344,6 @@ class Encoder(nn.Module):
         placed = freeze(self.sparsity_parameters, layouts, config.heads, config.length)
         for layer, layout in zip(self.layers, placed, strict=True):
             layer.attention.layout = layout
-
-    def fuse(self, *, compiled: bool) -> None:
-        """Compute with the operators of `fused` from now on, under bfloat16 autocast.
-
-        The parameters stay what they are. Results differ by rounding, and by the masks that dropout draws.
-
-        Args:
-            compiled: whether what is left to PyTorch goes through torch.compile in training.
-
-        Raises:
-            InputError: the operators aren't made for this model or device.
-        """
-        config = self.config
-        require(IMPLEMENTATION == "kernels", f"SAT_LIB_IMPLEMENTATION: {IMPLEMENTATION!r} has no fused layers")
-        check_fusable(config.width, config.hidden, config.vocab, self.token.weight.device)
-        for layer in self.layers:
-            plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
-            require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
-        for part in (self, *self.layers):
-            part.fused = True
-        self.compiled = compiled
 
     def parameter_count(self) -> int:
         """All parameters, W^P included: 160,650 for CIFAR-10 as published."""

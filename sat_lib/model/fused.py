@@ -5,8 +5,8 @@
     after_attention  output projection, residual, norm, feed-forward block, residual: one kernel each way
     masked_mean      norm, mask and mean over the positions, compiled
 
-These are what `model.encoder` computes with PyTorch's modules. On a CPU PyTorch's own operations do the kernels' work.
-CUDA graphs take them. See csrc/embedding.cu, before_attention.cu and after_attention.cu.
+`fuse` puts them in the place of `encoder.PLAIN`. On a CPU PyTorch's own operations do the kernels' work. CUDA graphs
+take them. See csrc/embedding.cu, before_attention.cu and after_attention.cu.
 """
 
 import functools
@@ -17,14 +17,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.ops import IMPLEMENTATION
 from ..attention.registration import gradient, library, operator
 from ..common.errors import require
+from .encoder import Encoder, Layer, LayerStatistics, Parts, SelfAttention
 
 WIDTH, HIDDEN = 64, 128  # the sizes of all published models, which the kernel is written for
 MOST_ROWS = 1_700  # of a table that fits into a thread block's shared memory
 WAY_OUT = "Take the plain step"
 MOST_SHAPES = 64  # that a process compiles a function for
 CAPABILITY = (9, 0)  # 190 KB of shared memory in one thread block
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def fuse(model: Encoder, *, compiled: bool) -> None:
+    """Let a model compute with these operators from now on, under bfloat16 autocast.
+
+    The parameters stay what they are. Results differ by rounding, and by the masks that dropout draws.
+
+    Args:
+        compiled: whether what is left to PyTorch goes through torch.compile in training.
+
+    Raises:
+        InputError: the operators aren't made for this model or device.
+    """
+    config = model.config
+    require(IMPLEMENTATION == "kernels", f"SAT_LIB_IMPLEMENTATION: {IMPLEMENTATION!r} has no fused layers")
+    check_fusable(config.width, config.hidden, config.vocab, model.token.weight.device)
+    for layer in model.layers:
+        plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
+        require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
+    model.parts = Parts(
+        functools.partial(_embed, compiled=compiled), fused_layer, functools.partial(_pool, compiled=compiled)
+    )
 
 
 def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> None:
@@ -40,6 +67,30 @@ def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> N
             there >= CAPABILITY,
             f"device: the fused layer wants compute capability {CAPABILITY} or later (H100); got {there}. {WAY_OUT}",
         )
+
+
+def _embed(encoder: Encoder, tokens: Tensor, compiled: bool) -> Tensor:
+    tables = encoder.token.weight, encoder.position.weight, encoder.global_token
+    return embed(tokens, *tables, _dropout(encoder), compiled=compiled and encoder.training)
+
+
+def fused_layer(
+    layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool
+) -> tuple[Tensor, LayerStatistics | None]:
+    """What a layer computes, with one operator before attention and one behind it."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    *qkv, x = before_attention(x, layer.norm_attention, (attention.query, attention.key, attention.value))
+    attended, seen = attention.attend_by_head([attention.split_heads(part) for part in qkv], mask, statistics)
+    modules = attention.out, layer.norm_feed_forward, feed_forward.up, feed_forward.down
+    return after_attention(x, attended, *modules, _dropout(layer)), seen
+
+
+def _pool(encoder: Encoder, x: Tensor, real: Tensor, compiled: bool) -> Tensor:
+    return masked_mean(x, real, encoder.norm, compiled=compiled and encoder.training)
+
+
+def _dropout(module: Encoder | Layer) -> float:
+    return module.dropout.p if module.training else 0.0
 
 
 # ---- left to torch.compile -------------------------------------------------------------------------------------------

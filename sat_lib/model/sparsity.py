@@ -25,13 +25,13 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SparsityParameter(nn.Module):
-    """One layer's sparsity parameter W^P, trained beside the dense phase to foretell the pooled attention map.
+    """One layer's sparsity parameter W^P, trained in the dense phase to predict the pooled attention map.
 
     Args:
         blocks: N, block rows (and columns) of the attention map.
         width: columns of W^P; the head size d in the released code, the embedding size D in the paper.
         init: name in `INITIALISATIONS`. "released" draws uniformly from [0, 1), "calibrated" starts R~ near 1.
-        length: L, where it is to foretell an attention map; None, where the target is of the order of 1 already. Rows
+        length: L, where it is to predict an attention map; None, where the target is of the order of 1 already. Rows
             of the map sum to 1, so that the mean of the pooled map is 1 / L in every task. "calibrated" multiplies the
             target by L (`scale`), which puts its mean where R~ starts; "released" leaves it.
 

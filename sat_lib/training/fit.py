@@ -30,6 +30,7 @@ from ..common.errors import InputError, require
 from ..datasets.batches import batch_indices
 from ..datasets.cache import Splits
 from ..model.encoder import Encoder
+from ..model.fused import fuse
 from .recipe import RunConfig, check_same_config, config_from_dict, dense_phase
 from .trainer import Trainer
 
@@ -271,7 +272,7 @@ class _Run:
         for phase, best in self.best.items():
             self.trainer.model = load_model(self.folder / f"best-{phase}.pt", self.device)
             if self.trainer.fast:  # the dev split, which chose it, was scored that way
-                self.trainer.model.fuse(compiled=False)
+                fuse(self.trainer.model, compiled=False)
             score = self.trainer.evaluate(self.data.test)
             best |= {"test_accuracy": score.accuracy, "test_loss": score.loss, "test_examples": score.examples}
         trainer, phase = self.trainer, "sparse" if "sparse" in self.best else "dense"

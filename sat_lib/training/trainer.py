@@ -18,6 +18,7 @@ from ..common.errors import InputError, require
 from ..datasets.batches import Examples, batch_indices
 from ..datasets.cache import Split, Splits
 from ..model.encoder import Encoder
+from ..model.fused import fuse
 from ..model.sparsity import LOSS_WEIGHT, model_sparsity_loss
 from .cuda_graph import Captured, Reading
 from .recipe import PROBE_EXAMPLES, RunConfig, check_same_config
@@ -91,7 +92,7 @@ class Trainer:
             return f"on a {self.device.type.upper()}"
         try:
             require(self.config.recipe.precision == "bf16", "precision: the fast step is for bf16. Take the plain step")
-            self.model.fuse(compiled=self.device.type == "cuda")
+            fuse(self.model, compiled=self.device.type == "cuda")
         except InputError as error:
             if step == "fast":
                 raise

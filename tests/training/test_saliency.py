@@ -100,7 +100,8 @@ def test_value_is_the_distance_that_a_block_moves_the_outputs(batch):
     tokens, labels = batch
     model = small_model()
     with torch.no_grad():
-        q, k, v = model.eval().layers[0].attention.heads(model.layers[0].norm_attention(model._embed(tokens)))
+        x = model.eval().parts.embed(model, tokens)
+        q, k, v = model.layers[0].attention.heads(model.layers[0].norm_attention(x))
         attention = (q @ k.transpose(-1, -2) / 2).softmax(-1)
         out = attention @ v
         keys = slice(8, 16)
