@@ -16,6 +16,7 @@ from sat_lib.experiments import patterns as patterns_experiment
 from sat_lib.figures import patterns
 from sat_lib.model.encoder import Encoder, ModelConfig
 from sat_lib.training import fit
+from sat_lib.training.checkpoint import load_model
 
 CPU = torch.device("cpu")
 STEPS = (0, 4, 12)
@@ -138,7 +139,7 @@ def test_a_runs_comparison_is_the_mean_over_its_examples(said):
     assert set(table["pattern"]) == {"learned", "best", "window", "random", "in use"}  # 8 blocks: no BigBird
     full = table[(table["asked_density"] == 1) & (table["pattern"] != "in use")]
     assert full["mass_kept"].to_list() == pytest.approx([1] * len(full))
-    model = fit.load_model(fit.snapshot_path(folder, 12), CPU)
+    model = load_model(fit.snapshot_path(folder, 12), CPU)
     attention = comparison.encoder_maps(model, tokens)[1][:, 0]
     line = table.query("step == 12 and layer == 1 and head == 0 and asked_density == 0.2").set_index("pattern")
     wanted = np.mean([mass_kept(one, model.layouts[1]) for one in attention])

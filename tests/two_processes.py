@@ -10,6 +10,7 @@ from conftest import tiny_config, tiny_splits
 from sat_lib.common import distributed, timing
 from sat_lib.experiments import step_time
 from sat_lib.training import fit
+from sat_lib.training.checkpoint import load_checkpoint
 from sat_lib.training.recipe import RunConfig
 from sat_lib.training.trainer import Trainer
 
@@ -35,7 +36,7 @@ def outcome(folder: Path, stop_at: int | None = None, **changes) -> dict:
         fit.Trainer = trainer
     if result is None:
         return {}
-    last = fit.load_checkpoint(folder / "last.pt", torch.device("cpu"))["trainer"]
+    last = load_checkpoint(folder / "last.pt", torch.device("cpu"))["trainer"]
     told = ("transition_step", "test_accuracy", "best", "processes", "by_process")
     return {
         "result": {name: result[name] for name in told},

@@ -1,8 +1,10 @@
 """Where SAT's accuracy comes from: cases and rows of the experiments `ablations`, `best` and `diagnosis`."""
 
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -13,14 +15,16 @@ from ..attention.baselines import BASELINES
 from ..attention.layout import BlockLayout
 from ..attention.patterns import generate_layout
 from ..attention.statistics import mass_kept, overlap, pool_blocks
-from ..common import distributed
+from ..common import distributed, files
+from ..datasets.cache import Splits
 from ..datasets.tasks import task
-from ..training.recipe import BEST_MODEL, RunConfig, averaged_steps, best_recipe, case_config
+from ..model.encoder import ModelConfig
+from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.fit import fit, own_folder
+from ..training.recipe import BEST_MODEL, PUBLISHED, RunConfig, averaged_steps, best_recipe, case_config
 from ..training.trainer import Trainer
 from .row_files import Context
-from .training import SHORT_RUN, SMOKE_RUN, load_data, run_case, train
-
-# ---- ablations -------------------------------------------------------------------------------------------------------
+from .training import SHORT_RUN, SMOKE_RUN, load_data, run_case, run_folder, train
 
 # The base, from which one thing is changed at a time; the preset "best" grew out of it.
 BASE_MODEL = {"sparsity_init": "calibrated", "sparsity_target": "correlation", "pruned": "drop"}
@@ -37,189 +41,219 @@ def base_recipe(run: RunConfig) -> dict:
     }
 
 
-# What a layout can come from: changes of the base in the recipe, and in the model. A density of None is the task's
-# published one.
+# ---- what is changed, and where --------------------------------------------------------------------------------------
+
+# Runs are far shorter than published: accuracy peaks early, and what follows is overfitted.
+PROFILES = {"paper": ("cifar10", "agnews"), "smoke": ("digits16",)}
+RUNS = {
+    "cifar10": {"steps": 3_000, "eval_every": 250, "switch_at": 1_000},
+    "agnews": {"steps": 600, "eval_every": 50, "switch_at": 50},
+    "digits16": {"switch_at": 100},
+}
+CIFAR, AGNEWS, PAPER, SMOKE_TOO = ("cifar10",), ("agnews",), ("cifar10", "agnews"), ("cifar10", "agnews", "digits16")
+
+# What is varied -> attention, model and recipe of a task's run, given the run that the base is made from as well.
+STARTS = {
+    "base": lambda base, run: ("sat", BASE_MODEL, base_recipe(base) | run),
+    "best": lambda base, run: ("sat", BEST_MODEL, base_recipe(base) | _forced_best(base) | run),
+    "dense": lambda base, run: ("dense", {}, {name: value for name, value in run.items() if name != "switch_at"}),
+}
+
+
+def _forced_best(base: RunConfig) -> dict:
+    """The preset "best", which is to switch where the base does."""
+    return best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One thing changed: the group says what is, the value to what.
+
+    A value in `recipe` may be a function of the run that the base is made from.
+    """
+
+    group: str
+    value: str | float
+    on: tuple[str, ...] = CIFAR  # tasks
+    model: dict = field(default_factory=dict)
+    recipe: dict = field(default_factory=dict)
+    start: str = "base"  # name in `STARTS`
+
+
+def _each(group: str, *values: str | float, on: tuple[str, ...] = CIFAR, name: str = "", **more) -> list[Variation]:
+    """One field of the recipe, which has the group's name if no other is given, set to each of these values."""
+    return [Variation(group, value, on, recipe={name or group: value} | more) for value in values]
+
+
+def _kept(block: int, each: int, **recipe) -> dict[str, dict]:
+    """So many blocks a row, and what else is changed of the recipe."""
+    return {"model": {"block": block}, "recipe": {"density": lambda run: each * block / run.model.length} | recipe}
+
+
 _SHARED = {"pattern_heads": "shared"}
-_LARGEST = {"pattern_budget": "blocks", "density": None} | _SHARED
-_BY_ROW = {"pattern_budget": "rows", "density": None} | _SHARED
+_PUBLISHED_NUMBER = {"density": lambda run: run.recipe.density} | _SHARED
+_LARGEST = {"pattern_budget": "blocks"} | _PUBLISHED_NUMBER
+_BY_ROW = {"pattern_budget": "rows"} | _PUBLISHED_NUMBER
 _OF_ATTENTION = {"sparsity_target": "attention"}
 _RELEASED = {"sparsity_init": "released"} | _OF_ATTENTION
-_ROW_SIGNALS = ("attention", "gradient", "taylor", "gate", "fisher", "value", "excess", "content")
-LAYOUTS = {
-    "correlation, learned": ({}, {}),
-    "near, own heads": ({"pattern": "near"}, {}),
-    "diagonal": ({"pattern": "near"} | _SHARED, {}),
-    "nearest": ({"pattern": "near"} | _LARGEST, {}),
-    "released": (_LARGEST, _RELEASED),
-    "calibrated": (_LARGEST, {"sparsity_init": "calibrated"} | _OF_ATTENTION),
-    "correlation, largest": (_LARGEST, {}),
-    "random, balanced": ({"pattern": "random"}, {}),
-    "random": ({"pattern": "random"} | _LARGEST, {}),
-    "attention, balanced": ({"pattern": "attention"}, {}),
-    "gradient, balanced": ({"pattern": "gradient"}, {}),
-    "gate, balanced": ({"pattern": "gate"}, {}),
-    **{f"{name}, by row": ({"pattern": name} | _BY_ROW, {}) for name in _ROW_SIGNALS},
-    "random, changing": ({"pattern": "random", "pattern_refresh": 0.1}, {}),  # a share of the run's steps
-    "correlation, refreshed": ({"pattern": "correlation", "pattern_refresh": 0.1}, {}),
-}
-# What the group "block" is set to: the block, how many of them a row keeps, and what else is changed of the recipe.
-BLOCKS = {
-    16: (16, 1, {}),
-    64: (64, 1, {}),
-    "16, three a row": (16, 3, {}),
-    "16, three a row, near": (16, 3, {"pattern": "near"}),
-}
-# What the group "preset" takes back of the preset "best": the block and how many of them a row keeps (None: as in
-# "best"), or something else of the recipe. With all blocks it is dense attention trained as "best" is.
-PRESETS = {
-    "best": (None, {}),
-    "best, two a row": ((16, 2), {}),
-    "best, three a row": ((16, 3), {}),
-    "best, one of 32 a row": ((32, 1), {}),
-    "best, all blocks": (None, {"density": 1.0}),
-    "best, half the rate": (None, {"rate_after": 0.5}),
-    "best, schedule goes on": (None, {"schedule_after": "continued"}),
-    "best, no average": (None, {"average": None}),
-    "best, near": (None, {"pattern": "near"}),
-    "best, random": (None, {"pattern": "random"}),
-}
-# Profile -> task -> the run with its forced transition, and group by group the values of what is changed. Runs are far
-# shorter than published: accuracy peaks early, and what follows is learnt by heart.
-PLANS = {
-    "paper": {
-        "cifar10": {
-            "run": {"steps": 3_000, "eval_every": 250, "switch_at": 1_000},
-            "layout": tuple(LAYOUTS),
-            "pruned": ("zero", "released, zero"),
-            "schedule": ("constant",),
-            "rate_after": (1.0,),
-            "average": (averaged_steps(3_000),),
-            "dropout": (0.2,),
-            "switch_at": (190, 500, 750, 1_500, 2_000),
-            "density": (0.02, 0.0625, 0.125, 0.25, 0.4),
-            "block": tuple(BLOCKS),
-            "theta": (1.7, 0.0, 3.4),
-            "delta": (0.65, 5.2),
-            "rule": ("overfit", "gap"),
-            "preset": tuple(PRESETS),
-            "best, switch_at": (500, 750, 1_500, 2_000, "gap"),
-        },
-        "agnews": {
-            "run": {"steps": 600, "eval_every": 50, "switch_at": 50},
-            "layout": (
-                *("correlation, learned", "near, own heads", "diagonal", "nearest", "released", "calibrated"),
-                *("random, balanced", "attention, balanced", "attention, by row"),
-            ),
-            "pruned": ("zero", "released, zero"),
-            "schedule": ("constant",),
-            "rate_after": (1.0,),
-            "average": (averaged_steps(600),),
-            "switch_at": (0, 100, 150, 200),
-            "density": (0.08, 0.25),
-            "block": ("16, three a row", "16, three a row, near"),
-            "rule": ("overfit", "gap"),
-            "mean_over": ("real", "real, dense"),
-            "preset": ("best", "best, three a row", "best, all blocks", "best, no average"),
-            "best, switch_at": (0, 100, 150, 200, "gap"),
-        },
-    },
-    "smoke": {
-        "digits16": {
-            "run": {"switch_at": 100},
-            "layout": (
-                *("correlation, learned", "near, own heads", "released", "calibrated", "random"),
-                "attention, by row",
-            ),
-            "pruned": ("zero",),
-            "switch_at": (200,),
-            "density": (0.25,),
-            "preset": ("best",),
-        },
-    },
-}
+_NEAR, _RANDOM = {"pattern": "near"}, {"pattern": "random"}
+_OFTEN = {"pattern_refresh": lambda run: round(0.1 * run.recipe.steps)}
+_BY_THE_MAPS = {"switch_at": None, "switch_rule": "stable"}
+_CRITERIA = ("gradient", "taylor", "gate", "fisher", "value", "excess", "content")
+
+VARIATIONS = [
+    Variation("dense", "dense", SMOKE_TOO, start="dense"),
+    # what the layout comes from
+    Variation("layout", "correlation, learned", SMOKE_TOO),
+    Variation("layout", "near, own heads", SMOKE_TOO, recipe=_NEAR),
+    Variation("layout", "diagonal", PAPER, recipe=_NEAR | _SHARED),
+    Variation("layout", "nearest", PAPER, recipe=_NEAR | _LARGEST),
+    Variation("layout", "released", SMOKE_TOO, _RELEASED, _LARGEST),
+    Variation("layout", "calibrated", SMOKE_TOO, _OF_ATTENTION, _LARGEST),
+    Variation("layout", "correlation, largest", recipe=_LARGEST),
+    Variation("layout", "random, balanced", PAPER, recipe=_RANDOM),
+    Variation("layout", "random", ("cifar10", "digits16"), recipe=_RANDOM | _LARGEST),
+    Variation("layout", "attention, balanced", PAPER, recipe={"pattern": "attention"}),
+    *(Variation("layout", f"{name}, balanced", recipe={"pattern": name}) for name in ("gradient", "gate")),
+    Variation("layout", "attention, by row", SMOKE_TOO, recipe={"pattern": "attention"} | _BY_ROW),
+    *(Variation("layout", f"{name}, by row", recipe={"pattern": name} | _BY_ROW) for name in _CRITERIA),
+    Variation("layout", "random, changing", recipe=_RANDOM | _OFTEN),
+    Variation("layout", "correlation, refreshed", recipe={"pattern": "correlation"} | _OFTEN),
+    # what else the model and the recipe are set to
+    Variation("pruned", "zero", SMOKE_TOO, {"pruned": "zero"}),
+    Variation("pruned", "released, zero", PAPER, _RELEASED | {"pruned": "zero"}, _LARGEST),
+    *_each("schedule", "constant", on=PAPER, name="schedule_after"),
+    *_each("rate_after", 1.0, on=PAPER),
+    *_each("average", averaged_steps(3_000)),
+    *_each("average", averaged_steps(600), on=AGNEWS),
+    Variation("dropout", 0.2, model={"dropout": 0.2}),
+    *_each("switch_at", 190, 500, 750, 1_500, 2_000),
+    *_each("switch_at", 0, 100, 150, on=AGNEWS),
+    *_each("switch_at", 200, on=("agnews", "digits16")),
+    *_each("density", 0.02, 0.0625, 0.125),
+    *_each("density", 0.08, on=AGNEWS),
+    *_each("density", 0.25, on=SMOKE_TOO),
+    *_each("density", 0.4),
+    Variation("block", 16, **_kept(16, 1)),
+    Variation("block", 64, **_kept(64, 1)),
+    Variation("block", "16, three a row", PAPER, **_kept(16, 3)),
+    Variation("block", "16, three a row, near", PAPER, **_kept(16, 3, pattern="near")),
+    *_each("theta", 1.7, 0.0, 3.4, **_BY_THE_MAPS),
+    *_each("delta", 0.65, 5.2, **_BY_THE_MAPS),
+    *_each("rule", "overfit", "gap", on=PAPER, name="switch_rule", switch_at=None),
+    Variation("mean_over", "real", AGNEWS, {"mean_over": "real"}),
+    Variation("mean_over", "real, dense", AGNEWS, {"mean_over": "real"}, start="dense"),
+    # what is taken back of the preset "best"; with all blocks it is dense attention trained as "best" is
+    Variation("preset", "best", SMOKE_TOO, start="best"),
+    Variation("preset", "best, two a row", **_kept(16, 2), start="best"),
+    Variation("preset", "best, three a row", PAPER, **_kept(16, 3), start="best"),
+    Variation("preset", "best, one of 32 a row", **_kept(32, 1), start="best"),
+    Variation("preset", "best, all blocks", PAPER, recipe={"density": 1.0}, start="best"),
+    Variation("preset", "best, half the rate", recipe={"rate_after": 0.5}, start="best"),
+    Variation("preset", "best, schedule goes on", recipe={"schedule_after": "continued"}, start="best"),
+    Variation("preset", "best, no average", PAPER, recipe={"average": None}, start="best"),
+    Variation("preset", "best, near", recipe=_NEAR, start="best"),
+    Variation("preset", "best, random", recipe=_RANDOM, start="best"),
+    *(Variation("best, switch_at", at, recipe={"switch_at": at}, start="best") for at in (500, 750, 1_500, 2_000)),
+    *(Variation("best, switch_at", at, AGNEWS, recipe={"switch_at": at}, start="best") for at in (0, 100, 150, 200)),
+    Variation("best, switch_at", "gap", PAPER, recipe={"switch_at": None}, start="best"),
+]
 
 
 def ablation_cases(profile: str) -> list[dict]:
     """One thing changed at a time, seed by seed; what isn't is as in the base, with a forced transition.
 
-    `group` says what is changed (layout, dense, or a name in `PLANS`), `value` to what. theta, delta and the rules
-    decide about the transition: it isn't forced there. The preset "best" changes several things at once, and its values
-    take one of them back; it is forced to switch as the base is, in the group "best, switch_at" at other steps or, by
-    the name of its own rule, not at all.
+    `group` and `value` are those of `VARIATIONS`. theta, delta and the rules decide about the transition: it isn't
+    forced there. The preset "best" changes several things at once, and its values take one of them back; in the group
+    "best, switch_at" it is forced to switch at other steps or, by the name of its own rule, not at all.
     """
-    seeds = range(1 if profile == "smoke" else 3)
     return [
-        {"group": group, "value": value} | run_case(name, attention, seed, profile, model=model, **recipe)
-        for seed in seeds
-        for name, plan in PLANS[profile].items()
-        for group, value, attention, model, recipe in _ablations(name, plan, profile)
+        _varied(variation, name, seed, profile)
+        for seed in range(1 if profile == "smoke" else 3)
+        for name in PROFILES[profile]
+        for variation in VARIATIONS
+        if name in variation.on
     ]
 
 
-def _ablations(name: str, plan: dict, profile: str) -> list[tuple[str, object, str, dict, dict]]:
-    """(group, value, attention, model, recipe) of each case of a task."""
-    small, run = _small(name, profile), plan["run"]
-    base = case_config(run_case(name, "sat", 0, profile, model=small, **run))
-    without_switch = {key: value for key, value in run.items() if key != "switch_at"}
-    cases = [("dense", "dense", "dense", small, without_switch)]
-    for group, values in plan.items():
-        for value in values if group != "run" else ():
-            if value == "real, dense":
-                cases.append((group, value, "dense", small | {"mean_over": "real"}, without_switch))
-                continue
-            recipe, model = _changes(group, value, base)
-            settings = base_recipe(base) | run | recipe
-            if settings["density"] is None:
-                settings["density"] = base.recipe.density
-            cases.append((group, value, "sat", small | BASE_MODEL | model, settings))
-    return cases
-
-
-def _changes(group: str, value, base: RunConfig) -> tuple[dict, dict]:
-    """What a value of a group changes in the recipe, and in the model."""
-    if group == "layout":
-        recipe, model = LAYOUTS[value]
-        if "pattern_refresh" in recipe:
-            recipe = recipe | {"pattern_refresh": round(recipe["pattern_refresh"] * base.recipe.steps)}
-        return recipe, model
-    if group == "pruned":
-        recipe, model = LAYOUTS["released"] if value == "released, zero" else ({}, {})
-        return recipe, model | {"pruned": "zero"}
-    if group == "schedule":
-        return {"schedule_after": value}, {}
-    if group == "block":
-        block, each, recipe = BLOCKS[value]
-        kept, model = _kept(block, each, base)
-        return recipe | kept, model
-    if group == "best, switch_at":
-        recipe, model = _changes("preset", "best", base)
-        return recipe | {"switch_at": None if value == "gap" else value}, model
-    if group == "preset":
-        blocks, recipe = PRESETS[value]
-        best = best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
-        best.pop("switch_at", None)  # forced where the base is
-        kept, model = _kept(*blocks, base) if blocks else ({}, {})
-        return best | kept | recipe, BEST_MODEL | model
-    if group in ("theta", "delta"):
-        return {"switch_at": None, "switch_rule": "stable", group: value}, {}
-    if group == "rule":
-        return {"switch_at": None, "switch_rule": value}, {}
-    return ({}, {group: value}) if group in ("mean_over", "dropout") else ({group: value}, {})
-
-
-def _kept(block: int, each: int, base: RunConfig) -> tuple[dict, dict]:
-    """The recipe's and the model's share of so many blocks a row."""
-    return {"density": each * block / base.model.length}, {"block": block}
+def _varied(variation: Variation, task_name: str, seed: int, profile: str) -> dict:
+    small, run = _small(task_name, profile), RUNS[task_name]
+    base = case_config(run_case(task_name, "sat", 0, profile, model=small, **run))
+    attention, model, recipe = STARTS[variation.start](base, run)
+    recipe = recipe | {name: value(base) if callable(value) else value for name, value in variation.recipe.items()}
+    case = run_case(task_name, attention, seed, profile, model=small | model | variation.model, **recipe)
+    return {"group": variation.group, "value": variation.value} | case
 
 
 def ablate(case: dict, context: Context) -> dict:
     """`train`, with `layout_figures` in place of the maps and the evaluations alone of the history. A process that
     trains by itself shares the dense phase with the other cases."""
-    shared = context.training_folder / "dense-phases" if distributed.size() == 1 else None
-    result = train(case, context, shared)
+    if distributed.size() == 1:
+        config, folder = case_config(case), run_folder(case, context)
+        share_dense_phase(config, load_data(config), folder, context.device, context.training_folder / "dense-phases")
+    result = train(case, context)
     maps = result.pop("maps")
     result["history"] = [line for line in result["history"] if "dev_accuracy" in line]
     return result | layout_figures(maps)
+
+
+# ---- runs that are alike until their transition ----------------------------------------------------------------------
+
+
+def dense_phase(config: RunConfig) -> RunConfig:
+    """The run that never leaves the dense phase, and until `config`, of SAT, does takes the very same steps.
+
+    Two configurations with the same one differ in nothing before their transition.
+    """
+    published = PUBLISHED[config.recipe.task]
+    late = ("density", "theta", "delta", "schedule_after", "rate_after", "average", "switch_rule")
+    late += ("pattern", "pattern_budget", "pattern_heads", "pattern_refresh")
+    recipe = replace(config.recipe, switch_at=config.recipe.steps, **{name: getattr(published, name) for name in late})
+    return RunConfig(replace(config.model, pruned=ModelConfig.__dataclass_fields__["pruned"].default), recipe)
+
+
+def share_dense_phase(config: RunConfig, data: Splits, folder: Path, device: torch.device, phases: Path) -> None:
+    """Let a run that is forced to switch begin where another with the same dense phase was before that step.
+
+    The first such run leaves that in `phases`, by kind of device. `fit` then ends the run as it would by itself, random
+    numbers included; its seconds count the shared steps too. A run that isn't forced, or has begun, is left alone. For
+    one process.
+
+    Raises:
+        InputError: see `fit`.
+    """
+    at = config.recipe.switch_at
+    forced = config.model.attention == "sat" and at is not None and at < config.recipe.steps
+    with own_folder(folder, config):
+        if not forced or (folder / "last.pt").exists() or (folder / "result.json").exists():
+            return
+        source = _before_transition(config, data, device, phases)
+        if (source / "best-dense.pt").exists():
+            best = load_checkpoint(source / "best-dense.pt", torch.device("cpu"))
+            save_checkpoint(folder / "best-dense.pt", best | {"config": config.as_dict()})
+        shutil.copyfile(source / "metrics.jsonl", folder / "metrics.jsonl")
+        state = load_checkpoint(source / "last.pt", torch.device("cpu"))
+        state["trainer"]["config"] = config.as_dict()
+        save_checkpoint(folder / "last.pt", state)  # last: it says that the others are there
+
+
+def _before_transition(config: RunConfig, data: Splits, device: torch.device, phases: Path) -> Path:
+    """The folder of the dense phase, stopped before the step of the transition; trained from the latest earlier one."""
+    dense, at = dense_phase(config), config.recipe.switch_at
+    phases = Path(phases) / f"{dense.name}-{device.type}-auto"
+    source, work = phases / f"before-{at:06}", phases / "work"
+    with files.lock(phases / "lock", f"training in {phases}", wait=True, quiet=True):
+        if not source.exists():
+            earlier = [path for path in phases.glob("before-*") if path.name < source.name]
+            shutil.rmtree(work, ignore_errors=True)
+            if earlier:
+                shutil.copytree(max(earlier), work)
+            fit(dense, data, work, device, progress=False, stop_at=at)
+            work.rename(source)
+    return source
+
+
+# ---- what is told of layouts -----------------------------------------------------------------------------------------
 
 
 def layout_figures(maps: dict) -> dict[str, float]:

@@ -11,7 +11,8 @@ from ..attention.layout import BlockLayout
 from ..attention.statistics import pool_blocks
 from ..datasets.batches import to_device
 from ..maps import choose, compare, encoder_maps, shrink
-from ..training.fit import fit, load_model, snapshot_path
+from ..training.checkpoint import load_model
+from ..training.fit import fit, snapshot_path
 from ..training.recipe import case_config
 from .row_files import Context
 from .training import load_data, run_case, run_folder

@@ -47,11 +47,11 @@ def run_folder(case: dict, context: Context) -> Path | None:
     return context.training_folder / f"{case_config(case).name}{by}"
 
 
-def train(case: dict, context: Context, shared: Path | None = None) -> dict:
+def train(case: dict, context: Context) -> dict:
     """Train a case's run (or go on, or read it if it is finished); its result with a thinned history."""
     config = case_config(case)
     data, folder = load_data(config), run_folder(case, context)
-    result = fit(config, data, folder, context.device, shared=shared)
+    result = fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
         **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters")},
@@ -110,7 +110,7 @@ def _every_attention(seeds: dict[str, int], profile: str, **changes) -> list[dic
 def short_cases(profile: str) -> list[dict]:
     """IMDB, and the text sets of the paper, in 1,000 steps instead of 30,000; three seeds.
 
-    For what a user has of these sets: a part of AG News or Yelp is learnt by heart in fewer steps still.
+    For what a user has of these sets: a part of AG News or Yelp is overfitted in fewer steps still.
     """
     if profile == "smoke":
         return _every_attention({"docstrings": 1}, profile)

@@ -31,8 +31,7 @@ from ..datasets.cache import Split
 from ..figures.patterns import NAMES, Picture, draw_view, kept_picture, map_picture, score_picture
 from ..maps import PATTERNS, Choice, choose, compare, encoder_maps, resize_scores, shrink
 from ..pretrained.encoders import attention_maps
-from ..training.fit import load_checkpoint, load_model
-from ..training.recipe import config_from_dict
+from ..training.checkpoint import config_from_dict, load_checkpoint, load_model
 
 CPU = torch.device("cpu")
 CACHED = 4  # maps of so many (step, example); 16 MiB each at 2 layers of 2 heads and L = 1024

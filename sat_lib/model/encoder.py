@@ -1,7 +1,7 @@
 """The encoder of the paper: embeddings, pre-norm layers, masked mean, two-layer head. Released sizes by default.
 
-One path leads through it, `Encoder.forward`. What it is made of is handed in, as `Parts`: `PLAIN`, PyTorch's modules one
-by one, stands here; `model.fused` has fast parts of the same parameters.
+One path leads through it, `Encoder.forward`. What it is made of is handed in, as `Parts`. `PLAIN` is
+here, PyTorch's modules one by one; `model.fused` has fast parts of the same parameters.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,33 +5,29 @@
     step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same, or
                      with `average` in the recipe the averaged weights
     result.json      written last: the run is finished
-
-Runs that are forced to switch, and are alike until then, may share their dense phase: see `fit`, `shared`.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import math
-import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..attention.layout import BlockLayout
 from ..common import distributed, files
 from ..common.device import stamp
-from ..common.errors import InputError, require
+from ..common.errors import require
 from ..datasets.batches import batch_indices
 from ..datasets.cache import Splits
 from ..model.encoder import Encoder
 from ..model.fused import fuse
-from .recipe import RunConfig, check_same_config, config_from_dict, dense_phase
+from .checkpoint import check_parts, check_same_config, load_checkpoint, load_model, save_checkpoint
+from .recipe import RunConfig
 from .trainer import Trainer
 
 CHECKPOINT_SECONDS = 30
@@ -52,7 +48,6 @@ def fit(
     stop_at: int | None = None,
     snapshots: tuple[int, ...] = (),
     step: str = "auto",
-    shared: Path | None = None,
 ) -> dict | None:
     """Train to the end, or go on where an earlier process stopped; a finished run is read, not repeated.
 
@@ -63,10 +58,6 @@ def fit(
         folder: the run's own folder, made if need be. stop_at: save and return None at this step. snapshots: keep the
             model as it is after so many steps (0: before the first) in files of their own, see `snapshot_path`.
         step: "auto", "fast" or "plain", see `trainer.Trainer`.
-        shared: a folder of dense phases. A run of SAT that is forced to switch (`switch_at`) begins where another with
-            the same dense phase, kind of step and of device was before the step of its transition, and the first such
-            run leaves that there. It ends as it would by itself, random numbers included; its seconds count the shared
-            steps too. For one process, without `stop_at` and `snapshots`.
 
     Returns:
         The content of result.json.
@@ -78,63 +69,44 @@ def fit(
         OSError: a checkpoint could not be written; the one before is whole.
     """
     folder = Path(folder)
-    alone = shared is None or (stop_at is None and not snapshots and distributed.size() == 1)
-    require(alone, "shared: wanted a whole run of one process, without stop_at and snapshots. Leave it out")
     beyond = [step for step in snapshots if not 0 <= step <= config.recipe.steps]
     require(not beyond, f"snapshots: wanted steps from 0 to {config.recipe.steps}; got {beyond}")
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
-            stack.enter_context(files.lock(folder / "lock", f"training in {folder}"))
-            if (folder / "config.json").exists():
-                check_same_config(json.loads((folder / "config.json").read_text()), config)
-            else:
-                files.write_json(folder / "config.json", config.as_dict())
+            stack.enter_context(own_folder(folder, config))
         finished = folder / "result.json"
         result = distributed.from_first(json.loads(finished.read_text()) if finished.exists() else None)
         if result is not None:
             _check_snapshots(folder, snapshots)
             return result
-        sat, at = config.model.attention == "sat", config.recipe.switch_at
-        forced = sat and at is not None and at < config.recipe.steps
-        if shared is not None and forced and not (folder / "last.pt").exists():
-            _begin_with_shared(config, data, folder, device, step, shared)
         run = _Run(config, data, folder, device, step)
         _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
         bar = stack.enter_context(tqdm(**run.bar_settings(progress and distributed.rank() == 0)))
         while run.trainer.step < config.recipe.steps:
             if run.trainer.step in snapshots:
-                run.save_model(snapshot_path(folder, run.trainer.step), run.trainer.model)
+                run.save_snapshot()
             if run.trainer.step == stop_at:
                 run.save(bar)
                 return None
             run.advance(bar)
         if config.recipe.steps in snapshots:
-            run.save_model(snapshot_path(folder, config.recipe.steps), run.trainer.model)
+            run.save_snapshot()
         return run.finish()
 
 
-def _begin_with_shared(
-    config: RunConfig, data: Splits, folder: Path, device: torch.device, step: str, shared: Path
-) -> None:
-    """Put the checkpoint before the transition into a run's folder, with the metrics and best model until then."""
-    dense = dense_phase(config)
-    phases, at = Path(shared) / f"{dense.name}-{device.type}-{step}", config.recipe.switch_at
-    source = phases / f"before-{at:06}"
-    with files.lock(phases / "lock", f"training in {phases}", wait=True, quiet=True):
-        if not source.exists():
-            work, earlier = phases / "work", [path for path in phases.glob("before-*") if path.name < source.name]
-            shutil.rmtree(work, ignore_errors=True)
-            if earlier:
-                shutil.copytree(max(earlier), work)
-            fit(dense, data, work, device, progress=False, stop_at=at, step=step)
-            work.rename(source)
-    if (source / "best-dense.pt").exists():
-        best = load_checkpoint(source / "best-dense.pt", torch.device("cpu"))
-        save_checkpoint(folder / "best-dense.pt", best | {"config": config.as_dict()})
-    shutil.copyfile(source / "metrics.jsonl", folder / "metrics.jsonl")
-    state = load_checkpoint(source / "last.pt", torch.device("cpu"))
-    state["trainer"]["config"] = config.as_dict()
-    save_checkpoint(folder / "last.pt", state)  # last: it says that the others are there
+@contextlib.contextmanager
+def own_folder(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Hold a run's folder, made if need be: no other process trains in it.
+
+    Raises:
+        InputError: another process holds it, or it holds another configuration.
+    """
+    with files.lock(folder / "lock", f"training in {folder}"):
+        if (folder / "config.json").exists():
+            check_same_config(json.loads((folder / "config.json").read_text()), config)
+        else:
+            files.write_json(folder / "config.json", config.as_dict())
+        yield
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -162,6 +134,7 @@ class _Run:
         self.seconds = {"dense": 0.0, "sparse": 0.0}
         if distributed.from_first((folder / "last.pt").exists()):
             state = load_checkpoint(folder / "last.pt", device)
+            check_parts(state, ("trainer", "best", "seconds"))
             self.trainer.load_state_dict(state["trainer"])
             self.best, self.seconds = state["best"], state["seconds"]
             steps = distributed.gathered(self.trainer.step)
@@ -242,6 +215,10 @@ class _Run:
             self.best[trainer.phase] = {"step": trainer.step, "dev_accuracy": score.accuracy}
             self.save_model(self.folder / f"best-{trainer.phase}.pt", trainer.evaluated)
 
+    def save_snapshot(self) -> None:
+        """The model as trained, whatever is evaluated."""
+        self.save_model(snapshot_path(self.folder, self.trainer.step), self.trainer.model)
+
     def save_model(self, path: Path, model: Encoder) -> None:
         """What `load_model` needs, and the step."""
         state = self.trainer.state_dict() | {"model": model.state_dict()}
@@ -321,37 +298,3 @@ def _bar_text(record: dict) -> dict:
         if values:
             shown[name] = f"{min(values):.2f}" if name == "skewness" else f"{max(values):.3f}"
     return shown
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Save whole or not at all (see files.atomic_path). A full disk is an OSError, and the file before stays."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    files.write(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path, device: torch.device) -> dict:
-    """Read a checkpoint; its tensors come on `device`.
-
-    Raises:
-        InputError: it is absent, cut off or not a checkpoint.
-    """
-    require(Path(path).exists(), f"checkpoint: {path} doesn't exist. Train first: python -m sat_lib train --help")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"checkpoint: {path} can't be read ({type(error).__name__} {str(error).partition(chr(10))[0]}). "
-            "Delete it to train this run again"
-        ) from error
-
-
-def load_model(path: Path, device: torch.device) -> Encoder:
-    """The model of a best-*.pt or step-*.pt, in the phase it was saved in: dense, or sparse under its own layouts."""
-    state = load_checkpoint(path, device)
-    config = config_from_dict(state["config"]).model
-    model = Encoder(config).to(device)
-    if state["grids"] is not None:
-        model.enter_sparse_phase([BlockLayout(grid, config.block) for grid in state["grids"]])
-    model.load_state_dict(state["model"])
-    return model.eval()

@@ -1,21 +1,22 @@
-"""How much each block of a layer's attention map matters, by what is meant with that: scores for the generator.
+"""Saliency of every block, by criterion: scores for the generator.
 
-    attention    mean mass, which the paper's R~ foretells; here without the rows of padding queries
+    attention    mean mass, which the paper's R~ predicts; here without the rows of padding queries
     excess       mean mass beyond that of its block column: what the key's position alone doesn't explain
     content      standard deviation of the mass over the examples
     value        how far the block moves its queries' outputs: |sum over its keys of A^s (v - output)|
     taylor       how much the loss would rise without the block, to first order: -sum of A^s dL/dA^s
     gradient     how much the loss would fall with more weight on the block: -dL/d(a number added to its raw scores)
     fisher       mean square of that derivative over the examples
-    gate         the number added to a block's raw scores that lowers the loss, learnt for a while with the model frozen
+    gate         the number added to a block's raw scores that lowers the loss, trained with the model frozen
     correlation  of the blocks' mean values over the examples: do two blocks' contents go together?
 
 All but the last describe what dense attention does at the moment. Scores are (layers, heads, N, N), from a set of
-examples; `block_correlation` is also what W^P can be trained to foretell, batch by batch.
+examples; `block_correlation` is also what W^P can be trained to predict, batch by batch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,43 +26,117 @@ from ..attention.statistics import attention_map, block_correlation
 from ..common.errors import require
 from ..model.encoder import Encoder
 
-SIGNALS = ("attention", "excess", "content", "value", "taylor", "gradient", "fisher", "gate", "correlation")
 CHUNK_ENTRIES = 2**25  # of a layer's maps at a time: 128 MiB in float32
 BATCH = 64  # examples at a time where no map is written out, and in a step of the gate
 GATE_STEPS, GATE_RATE = 100, 0.05
 
 
-def block_signal(model: Encoder, name: str, tokens: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+# ---- criteria of the map as it is ------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What a forward and backward pass over b examples shows of a layer. L is an example's loss."""
+
+    attention: Tensor  # A^s, (b, H, L, L); rows of padding queries are 0
+    v: Tensor  # (b, H, L, d)
+    out: Tensor  # the heads' results, (b, H, L, d)
+    grad: Tensor  # dL/d(out), (b, H, L, d)
+
+
+class Criterion(NamedTuple):
+    """function: (Seen, block) -> (b, H, N, N), example by example. reduce: of its mean and mean square over them."""
+
+    function: Callable[[Seen, int], Tensor]
+    reduce: Callable[[Tensor, Tensor], Tensor]
+
+
+def _pool(entries: Tensor, block: int) -> Tensor:
+    """(..., L, L) -> (..., N, N): sums over blocks."""
+    beyond = -entries.shape[-1] % block
+    padded = F.pad(entries, (0, beyond, 0, beyond))
+    return padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).sum((-1, -3))
+
+
+def _mass(seen: Seen, block: int) -> Tensor:
+    return _pool(seen.attention, block)
+
+
+def _moved(seen: Seen, block: int) -> Tensor:
+    beyond = -seen.v.shape[-2] % block
+    weights = F.pad(seen.attention, (0, beyond)).unflatten(-1, (-1, block))  # (b, H, L, N, block)
+    values = F.pad(seen.v, (0, 0, 0, beyond)).unflatten(-2, (-1, block))  # (b, H, N, block, d)
+    moved = torch.einsum("bhlnk,bhnkd->bhlnd", weights, values) - weights.sum(-1)[..., None] * seen.out[..., None, :]
+    return F.pad(moved.norm(dim=-1), (0, 0, 0, beyond)).unflatten(-2, (-1, block)).sum(-2)
+
+
+def _through_map(seen: Seen) -> Tensor:
+    """A^s dL/dA^s, entry by entry."""
+    return seen.attention * (seen.grad @ seen.v.transpose(-1, -2))
+
+
+def _rise(seen: Seen, block: int) -> Tensor:
+    return -_pool(_through_map(seen), block)
+
+
+def _pull(seen: Seen, block: int) -> Tensor:
+    through = _through_map(seen)
+    return -_pool(through - seen.attention * through.sum(-1, keepdim=True), block)
+
+
+def _mean(mean: Tensor, square: Tensor) -> Tensor:
+    return mean
+
+
+def _mean_square(mean: Tensor, square: Tensor) -> Tensor:
+    return square
+
+
+def _deviation(mean: Tensor, square: Tensor) -> Tensor:
+    return (square - mean.square()).clamp(min=0).sqrt()
+
+
+def _beyond_column(mean: Tensor, square: Tensor) -> Tensor:
+    return mean - mean.mean(-2, keepdim=True)
+
+
+OF_THE_MAP = {
+    "attention": Criterion(_mass, _mean),
+    "excess": Criterion(_mass, _beyond_column),
+    "content": Criterion(_mass, _deviation),
+    "value": Criterion(_moved, _mean),
+    "taylor": Criterion(_rise, _mean),
+    "gradient": Criterion(_pull, _mean),
+    "fisher": Criterion(_pull, _mean_square),
+}
+CRITERIA = (*OF_THE_MAP, "gate", "correlation")
+
+
+def block_saliency(model: Encoder, criterion: str, tokens: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
     """Scores of every block, (layers, heads, N, N) float32 on the model's device; the model stays as it is.
 
     In the sparse phase the layers' inputs and gradients are those of the sparse model, the maps those that dense
     attention would have.
 
     Args:
-        name: one of `SIGNALS`. tokens: (B, L) int64, labels: (B,) int64. seed: of the gate's batches.
+        criterion: one of `CRITERIA`. tokens: (B, L) int64, labels: (B,) int64. seed: of the gate's batches.
 
     Raises:
-        InputError: an unknown name, or a model whose attention isn't "dense" or "sat".
+        InputError: an unknown criterion, or a model whose attention isn't "dense" or "sat".
     """
-    require(name in SIGNALS, f"signal: wanted one of {SIGNALS}; got {name!r}")
+    require(criterion in CRITERIA, f"criterion: wanted one of {CRITERIA}; got {criterion!r}")
     attention = model.config.attention
     require(attention in ("dense", "sat"), f"model: wanted attention 'dense' or 'sat'; got {attention!r}")
     probe = _plain_copy(model)
-    if name == "gate":
-        return _learn_gate(probe, tokens, labels, seed)
-    if name == "correlation":
+    if criterion == "gate":
+        return _train_gate(probe, tokens, labels, seed)
+    if criterion == "correlation":
         return _correlations(probe, tokens)
+    function, reduce = OF_THE_MAP[criterion]
     sums, squares = 0.0, 0.0
     for layers in _passes(probe, tokens, labels):
-        each = torch.stack([_OF_ONE_MAP[name](*seen) for seen in layers])  # (layers, b, H, N, N)
+        each = torch.stack([function(seen, model.config.block) for seen in layers])  # (layers, b, H, N, N)
         sums, squares = sums + each.double().sum(1), squares + each.double().square().sum(1)
-    mean, square = sums / len(tokens), squares / len(tokens)
-    finished = {
-        "excess": lambda: mean - mean.mean(-2, keepdim=True),
-        "content": lambda: (square - mean.square()).clamp(min=0).sqrt(),
-        "fisher": lambda: square,
-    }
-    return finished.get(name, lambda: mean)().float()
+    return reduce(sums / len(tokens), squares / len(tokens)).float()
 
 
 def _plain_copy(model: Encoder) -> Encoder:
@@ -74,17 +149,11 @@ def _plain_copy(model: Encoder) -> Encoder:
     return probe.eval().requires_grad_(False)
 
 
-# ---- of the map as it is ---------------------------------------------------------------------------------------------
-
-
-def _passes(probe: Encoder, tokens: Tensor, labels: Tensor) -> Iterator[list[tuple]]:
-    """Forward and backward, some examples at a time: for every layer A^s, v, the output, dL/d(output), and the block.
-
-    All (b, H, L, ...); L is an example's loss. Rows of padding queries are 0 in A^s.
-    """
+def _passes(probe: Encoder, tokens: Tensor, labels: Tensor) -> Iterator[list[Seen]]:
+    """Forward and backward, some examples at a time: what is seen of every layer."""
     config, seen = probe.config, {}
 
-    def look(layer: int, attend):
+    def look(layer: int, attend: Callable) -> Callable:
         def attend_and_look(q, k, v, *, key_padding_mask=None, **more):
             out = attend(q, k, v, key_padding_mask=key_padding_mask, **more).requires_grad_()
             out.retain_grad()
@@ -103,57 +172,13 @@ def _passes(probe: Encoder, tokens: Tensor, labels: Tensor) -> Iterator[list[tup
         part = slice(start, start + chunk)
         with torch.enable_grad():
             F.cross_entropy(probe(tokens[part]).logits, labels[part], reduction="sum").backward()
-        yield [(a, v.detach(), out.detach(), out.grad, config.block) for a, v, out in map(seen.get, sorted(seen))]
+        yield [Seen(a, v.detach(), out.detach(), out.grad) for a, v, out in map(seen.get, sorted(seen))]
 
 
-def _pool(entries: Tensor, block: int) -> Tensor:
-    """(..., L, L) -> (..., N, N): sums over blocks."""
-    beyond = -entries.shape[-1] % block
-    padded = F.pad(entries, (0, beyond, 0, beyond))
-    return padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).sum((-1, -3))
+# ---- a trained criterion, and one of the contents --------------------------------------------------------------------
 
 
-def _mass(attention, v, out, grad, block):
-    return _pool(attention, block)
-
-
-def _moved(attention, v, out, grad, block):
-    beyond = -v.shape[-2] % block
-    weights = F.pad(attention, (0, beyond)).unflatten(-1, (-1, block))  # (b, H, L, N, block)
-    values = F.pad(v, (0, 0, 0, beyond)).unflatten(-2, (-1, block))  # (b, H, N, block, d)
-    moved = torch.einsum("bhlnk,bhnkd->bhlnd", weights, values) - weights.sum(-1)[..., None] * out[..., None, :]
-    return F.pad(moved.norm(dim=-1), (0, 0, 0, beyond)).unflatten(-2, (-1, block)).sum(-2)
-
-
-def _through_map(attention, v, grad):
-    """A^s dL/dA^s, entry by entry."""
-    return attention * (grad @ v.transpose(-1, -2))
-
-
-def _rise(attention, v, out, grad, block):
-    return -_pool(_through_map(attention, v, grad), block)
-
-
-def _pull(attention, v, out, grad, block):
-    through = _through_map(attention, v, grad)
-    return -_pool(through - attention * through.sum(-1, keepdim=True), block)
-
-
-_OF_ONE_MAP = {
-    "attention": _mass,
-    "excess": _mass,
-    "content": _mass,
-    "value": _moved,
-    "taylor": _rise,
-    "gradient": _pull,
-    "fisher": _pull,
-}
-
-
-# ---- learnt, and of the contents -------------------------------------------------------------------------------------
-
-
-def _learn_gate(probe: Encoder, tokens: Tensor, labels: Tensor, seed: int) -> Tensor:
+def _train_gate(probe: Encoder, tokens: Tensor, labels: Tensor, seed: int) -> Tensor:
     """Adam on a number for every block, 0 at first, that is added to its raw scores; dense attention throughout."""
     config = probe.config
     gate = torch.zeros(config.layers, config.heads, config.blocks, config.blocks, device=tokens.device)

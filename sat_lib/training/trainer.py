@@ -1,17 +1,13 @@
-"""The steps of training: dense phase, transition, sparse phase; and evaluation. `fit` in runs.py drives them."""
+"""The steps of training: dense phase, transition, sparse phase. `fit.fit` drives them, or a notebook."""
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..attention.layout import BlockLayout
-from ..attention.patterns import generate_layout, nearness
 from ..attention.statistics import pool_blocks
 from ..common import distributed
 from ..common.errors import InputError, require
@@ -20,20 +16,14 @@ from ..datasets.cache import Split, Splits
 from ..model.encoder import Encoder
 from ..model.fused import fuse
 from ..model.sparsity import LOSS_WEIGHT, model_sparsity_loss
+from .checkpoint import check_parts, check_same_config
 from .cuda_graph import Captured, Reading
-from .recipe import PROBE_EXAMPLES, RunConfig, check_same_config
-from .saliency import block_signal
+from .evaluation import MovingAverage, Score, evaluate
+from .pattern import generate_layouts
+from .recipe import RunConfig
 from .transition import EvaluationRule, TransitionRule
 
 STEPS = ("auto", "fast", "plain")
-
-
-class Score(NamedTuple):
-    """Share of examples classified right, mean cross-entropy, and how many examples were counted."""
-
-    accuracy: float
-    loss: float
-    examples: int
 
 
 class Gradients(NamedTuple):
@@ -52,8 +42,8 @@ class Trainer:
 
     Args:
         config: model and recipe. data: the task's splits. device: where the model and its batches live.
-        step: "plain", PyTorch's modules one by one; "fast", the operators of `fused`, torch.compile and, on a GPU,
-            a CUDA graph; "auto", fast on a GPU wherever the model is one that it is made for: `fast` tells,
+        step: "plain", PyTorch's modules one by one; "fast", the operators of `model.fused`, torch.compile and, on a
+            GPU, a CUDA graph; "auto", fast on a GPU wherever the model is one that it is made for: `fast` tells,
             `why_plain` why not. Both give the same results but for rounding and dropout's draws.
 
     Raises:
@@ -111,19 +101,15 @@ class Trainer:
             distributed.release_at_the_end(self._captured)
 
     def _new_average(self) -> None:
-        """Begin the average anew with the weights as they are. SAT's dense phase, whose evaluations the rules look at,
-        has none."""
+        """Begin the average anew. SAT's dense phase, whose evaluations the rules look at, has none."""
         steps, self.average = self.config.recipe.average, None
         if steps is not None and not self.learning:
-            self.average = copy.deepcopy(self.model)
-            blend = get_ema_multi_avg_fn(1 - 1 / steps)  # AveragedModel would wait for the GPU in every step
-            parameters = [list(model.parameters()) for model in (self.average, self.model)]
-            self._update_average = lambda: blend(*parameters, None)
+            self.average = MovingAverage(self.model, steps)
 
     @property
     def evaluated(self) -> Encoder:
         """The model that evaluations are of: as trained, or its moving average."""
-        return self.model if self.average is None else self.average
+        return self.model if self.average is None else self.average.model
 
     @property
     def phase(self) -> str:
@@ -174,10 +160,7 @@ class Trainer:
             record["sparsity_loss"] = seen.sparsity_loss
             record |= self._test_transition(measured.values(), seen.mean_maps)
         elif self._refresh_is_due():
-            layouts = self._generate_layouts()[1]
-            for model in {self.model, self.evaluated}:
-                model.enter_sparse_phase(layouts)
-            self._new_phase()
+            self._refresh_layouts()
         self.step += 1
         return record
 
@@ -186,13 +169,10 @@ class Trainer:
         indices = batch_indices(len(self.examples), recipe.batch, self.step, recipe.seed)
         return self.examples.batch(distributed.share(indices))
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.recipe.precision == "bf16")
-
     def _backward(self, tokens: Tensor, labels: Tensor) -> Gradients:
         """Leave the clipped gradients of the loss in the parameters: means over the processes, as what is returned."""
         self.optimiser.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.config.recipe.autocast(self.device):
             output = self.model(tokens, statistics=self.learning)
             loss = F.cross_entropy(output.logits.float(), labels)
         if not self.learning:
@@ -223,21 +203,26 @@ class Trainer:
         if self.schedule is not None and self.step + 1 < self.config.recipe.steps:
             self.schedule.step()
         if self.average is not None:
-            self._update_average()
+            self.average.update()
 
     def _test_transition(self, measured: list, mean_maps: Sequence[Tensor]) -> dict:
         if self.step == 0:
             self.maps["start"] = self._pool(mean_maps)
         stable, tests = self.rule.judge(measured)
-        recipe = self.config.recipe
-        switch = stable if recipe.switch_rule == "stable" else self.evaluation_rule.fired
-        if switch if recipe.switch_at is None else self.step >= recipe.switch_at:
+        if self._should_switch(stable):
             self.enter_sparse_phase(mean_maps)
         return {
             "skewness": [test.skewness for test in tests],
             "distance": [test.distance for test in tests],
             "change_percent": [test.change_percent for test in tests],
         }
+
+    def _should_switch(self, stable: bool) -> bool:
+        """Whether the dense phase ends with this step: where it is forced to, or by the rule."""
+        recipe = self.config.recipe
+        if recipe.switch_at is not None:
+            return self.step >= recipe.switch_at
+        return stable if recipe.switch_rule == "stable" else self.evaluation_rule.fired
 
     def _pool(self, mean_maps: Sequence[Tensor]) -> Tensor:
         return torch.stack([pool_blocks(mean_map, self.config.model.block).float().cpu() for mean_map in mean_maps])
@@ -252,31 +237,11 @@ class Trainer:
         sparse = self.phase == "sparse" and every is not None
         return sparse and (self.step - self.transition_step) % every == 0 and self.step + 1 < self.config.recipe.steps
 
-    def block_scores(self) -> Tensor:
-        """What the recipe's pattern gives to the generator: (layers, N, N), or (layers, H, N, N) of a signal."""
-        recipe, config = self.config.recipe, self.config.model
-        if recipe.pattern == "learned":
-            return torch.stack([parameter().detach() for parameter in self.model.sparsity_parameters])
-        if recipe.pattern == "near":
-            return nearness(config.blocks).float().expand(config.layers, -1, -1)
-        generator = np.random.default_rng([recipe.seed, self.step])
-        if recipe.pattern == "random":
-            return torch.from_numpy(generator.random((config.layers, config.blocks, config.blocks), np.float32))
-        chosen = generator.choice(len(self.examples), min(PROBE_EXAMPLES, len(self.examples)), replace=False)
-        return block_signal(self.model, recipe.pattern, *self.examples.batch(chosen), seed=recipe.seed)
-
-    def _generate_layouts(self) -> tuple[Tensor, list[BlockLayout]]:
-        """Scores, and a layout for each layer, the same in all processes."""
-        recipe, config = self.config.recipe, self.config.model
-        scores = self.block_scores().to(self.device).contiguous()
-        distributed.copy_first([scores])
-        used, by_head = scores, scores.dim() == 4
-        if recipe.pattern_heads == "own" and not by_head:
-            used = scores[:, None].expand(-1, config.heads, -1, -1)
-        elif recipe.pattern_heads == "shared" and by_head:
-            used = scores.mean(1)
-        make = lambda score: generate_layout(score, recipe.density, config.block, recipe.pattern_budget)
-        return scores, [make(score) for score in used]
+    def _refresh_layouts(self) -> None:
+        _, layouts = generate_layouts(self.model, self.config.recipe, self.examples, self.step)
+        for model in {self.model, self.evaluated}:
+            model.enter_sparse_phase(layouts)
+        self._new_phase()
 
     @torch.no_grad()
     def enter_sparse_phase(self, mean_maps: Sequence[Tensor]) -> None:
@@ -286,7 +251,7 @@ class Trainer:
         another pattern), "kept" (the block grids, by head where heads have their own).
         """
         recipe = self.config.recipe
-        scores, layouts = self._generate_layouts()
+        scores, layouts = generate_layouts(self.model, recipe, self.examples, self.step)
         self.maps["transition"] = self._pool(mean_maps)
         self.maps["scores"] = scores.float().cpu()
         self.maps["kept"] = torch.stack([layout.grid for layout in layouts]).cpu()
@@ -305,24 +270,9 @@ class Trainer:
         self._new_average()
         self._new_phase()
 
-    @torch.no_grad()
     def evaluate(self, split: Split) -> Score:
-        """Score of the model as it is, or of its moving average, on a split; every example counts.
-
-        Under the "published" protocol an incomplete last batch is dropped, as the released code does.
-        """
-        recipe, examples, model = self.config.recipe, self._on_device(split), self.evaluated.eval()
-        stop = len(split) - len(split) % recipe.batch if recipe.protocol == "published" else len(split)
-        require(stop > 0, f"batch: the published protocol wants {recipe.batch} examples or more; got {len(split)}")
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # right, loss, examples
-        for start in range(recipe.batch * distributed.rank(), stop, recipe.batch * distributed.size()):
-            tokens, labels = examples.batch(np.arange(start, min(start + recipe.batch, stop)))
-            with self._autocast():
-                logits = model(tokens).logits.float()
-            right, loss = (logits.argmax(-1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([right, loss, torch.full_like(right, len(labels))]).double()
-        right, loss, examples = distributed.total(sums).tolist()
-        return Score(right / examples, loss / examples, round(examples))
+        """Score of the model as it is, or of its moving average, on a split: see `evaluation.evaluate`."""
+        return evaluate(self.evaluated, self._on_device(split), self.config.recipe)
 
     def state_dict(self) -> dict:
         """All that a run needs to go on as if it had never stopped; loads with torch.load(weights_only=True).
@@ -334,16 +284,16 @@ class Trainer:
             "config": self.config.as_dict(),
             "step": self.step,
             "transition_step": self.transition_step,
-            "evaluation_rule": self.evaluation_rule.state_dict(),
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
             "grids": None if layouts is None else [layout.grid for layout in layouts],
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "rule": self.rule.state_dict(),
             "maps": self.maps,
             "rng": distributed.gathered(self._rng()),
+            **{name: None if part is None else part.state_dict() for name, part in self._parts().items()},
         }
+
+    def _parts(self) -> dict:
+        """What keeps a state of its own; None where the phase or the recipe has none."""
+        names = ("model", "average", "optimiser", "schedule", "rule", "evaluation_rule")
+        return {name: getattr(self, name) for name in names}
 
     def _rng(self) -> list[Tensor]:
         """States of this process's generators."""
@@ -354,34 +304,29 @@ class Trainer:
         """Go on from `state_dict` of a run of the same configuration.
 
         Raises:
-            InputError: it belongs to another configuration (the message names what differs), to an earlier version of
-                this package, or to the dense phase while this trainer is past it. Nothing is changed then.
+            InputError: it isn't a state of this version of sat_lib, belongs to another configuration (the message names
+                what differs), or to the dense phase while this trainer is past it. Nothing is changed then.
         """
+        check_parts(state, ("config", "step", "transition_step", "grids", "maps", "rng", *self._parts()))
         check_same_config(state["config"], self.config)
-        require(
-            isinstance(state["rng"], list),
-            "checkpoint: an earlier version of sat_lib wrote it. Finish that run with that version, or delete it",
-        )
         require(
             state["grids"] is not None or self.phase == "dense",
             "checkpoint: it is of the dense phase, and this trainer is in the sparse one. Make a new trainer",
         )
         self.step, self.transition_step, self.maps = state["step"], state["transition_step"], dict(state["maps"])
-        older = {"fired": state.get("overfitting", False), "dev_loss": state.get("dev_loss"), "losses": None}
-        self.evaluation_rule.load_state_dict(state.get("evaluation_rule", older))
         if state["grids"] is not None:
             self._start_sparse_phase([BlockLayout(grid, self.config.model.block) for grid in state["grids"]])
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.rule.load_state_dict(state["rule"])
-        if len(state["rng"]) != distributed.size():  # another number of processes goes on, with draws of its own
+        for name, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        self._load_rng(state["rng"])
+
+    def _load_rng(self, states: list[list[Tensor]]) -> None:
+        """The processes' generators as they were; another number of processes goes on with draws of its own."""
+        if len(states) != distributed.size():
             torch.manual_seed(self.config.recipe.seed + 1_000_003 * (distributed.rank() + 1) + self.step)
             return
-        cpu, *cuda = state["rng"][distributed.rank()]
+        cpu, *cuda = states[distributed.rank()]
         torch.set_rng_state(cpu.cpu())
         if self.device.type == "cuda" and cuda:
             torch.cuda.set_rng_state(cuda[0].cpu(), self.device)

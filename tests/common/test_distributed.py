@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from sat_lib.common import distributed, files
 from sat_lib.common.errors import InputError
 from sat_lib.training import fit
+from sat_lib.training.checkpoint import load_checkpoint, save_checkpoint
 from sat_lib.training.recipe import run_config
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -87,7 +88,7 @@ def test_two_processes_train_what_one_trains(two, tmp_path):
     assert seen["exact"]["result"]["transition_step"] == result["transition_step"] is not None
     assert result["transition_step"] > 2
     np.testing.assert_allclose(losses(folder / "exact"), losses(tmp_path), rtol=1e-4)
-    last = fit.load_checkpoint(tmp_path / "last.pt", torch.device("cpu"))["trainer"]
+    last = load_checkpoint(tmp_path / "last.pt", torch.device("cpu"))["trainer"]
     assert seen["exact"]["grids"] == [grid.int().tolist() for grid in last["grids"]]
     for name, value in last["model"].items():
         torch.testing.assert_close(torch.tensor(seen["exact"]["weights"][name]), value, rtol=1e-3, atol=1e-4)
@@ -109,9 +110,9 @@ def test_one_process_goes_on_where_two_stopped_and_a_finished_run_is_read(two):
     again = fit.fit(config, tiny_splits(), folder / "whole", torch.device("cpu"), progress=False)
     assert again["test_accuracy"] == seen["whole"]["result"]["test_accuracy"]
     (folder / "cut" / "result.json").unlink()
-    last = fit.load_checkpoint(folder / "cut" / "last.pt", torch.device("cpu"))
+    last = load_checkpoint(folder / "cut" / "last.pt", torch.device("cpu"))
     last["trainer"]["step"] = 11
-    fit.save_checkpoint(folder / "cut" / "last.pt", last)
+    save_checkpoint(folder / "cut" / "last.pt", last)
     alone = fit.fit(config, tiny_splits(), folder / "cut", torch.device("cpu"), progress=False)
     assert alone["processes"] == 1
 

@@ -11,19 +11,23 @@ from conftest import tiny_config, tiny_splits
 from torch import nn
 
 from sat_lib.attention.statistics import pool_blocks
+from sat_lib.common.errors import InputError
 from sat_lib.experiments import ablations, training
 from sat_lib.experiments.ablations import (
-    LAYOUTS,
-    PRESETS,
+    VARIATIONS,
     ablation_cases,
     best_cases,
+    dense_phase,
     diagnose,
     diagnosis_cases,
     layout_figures,
+    share_dense_phase,
 )
 from sat_lib.experiments.row_files import Context
 from sat_lib.experiments.training import run_case
 from sat_lib.model.encoder import Encoder
+from sat_lib.training import fit
+from sat_lib.training.checkpoint import load_checkpoint
 from sat_lib.training.recipe import RunConfig, case_config, run_config
 from sat_lib.training.trainer import Trainer
 
@@ -114,6 +118,10 @@ def test_the_seeds_of_a_profile_run_the_same_ablations():
         assert {case["seed"] for case in cases} == set(range(seeds))
 
 
+def values_of(group: str) -> list:
+    return [variation.value for variation in VARIATIONS if variation.group == group]
+
+
 LEARNED = {"pattern": "learned", "sparsity_init": "calibrated", "sparsity_target": "correlation"}
 ONE_A_ROW = {"pattern_budget": "balanced", "pattern_heads": "own", "density": 1 / 32}
 PUBLISHED_NUMBER = {"pattern_heads": "shared", "density": 0.05}
@@ -133,12 +141,12 @@ DOCUMENTED = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", values_of("layout"))
 def test_a_layouts_name_says_what_it_comes_from(name):
-    signal, _, budget = name.partition(", ")
+    criterion, _, budget = name.partition(", ")
     by_name = {
-        "by row": {"pattern": signal, "pattern_budget": "rows"} | PUBLISHED_NUMBER,
-        "balanced": {"pattern": signal} | ONE_A_ROW,
+        "by row": {"pattern": criterion, "pattern_budget": "rows"} | PUBLISHED_NUMBER,
+        "balanced": {"pattern": criterion} | ONE_A_ROW,
     }
     wanted = {"pattern_refresh": None, "switch_at": 1_000, "schedule_after": "continued", "pruned": "drop", "block": 32}
     wanted |= DOCUMENTED[name] if name in DOCUMENTED else by_name[budget]
@@ -205,7 +213,7 @@ TAKEN_BACK = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", values_of("preset"))
 def test_a_value_of_the_preset_takes_back_what_it_names(name):
     cases = configs_of("paper", "cifar10")
     whole, taken = (cases["preset", value].as_dict() for value in ("best", name))
@@ -321,3 +329,196 @@ def test_ablated_runs_share_a_dense_phase_and_tell_of_their_layouts(tmp_path):
         assert (row["density"], row["empty_rows"], row["transition_step"]) == (1 / 16, 0, 3)
     assert (rows["near"]["diagonal"], rows["near"]["distinct_columns"]) == (1, 1)
     assert rows["random"]["diagonal"] < 0.5
+
+
+# ---- runs that are alike until their transition ----------------------------------------------------------------------
+
+
+def run(folder, config, phases=None):
+    """A whole run, with its dense phase from a folder of them if one is given."""
+    if phases is not None:
+        share_dense_phase(config, tiny_splits(), folder, CPU, phases)
+    return fit.fit(config, tiny_splits(), folder, CPU, progress=False)
+
+
+def comparable(result):
+    return {name: value for name, value in result.items() if name not in ("seconds", "stamp")}
+
+
+# What may differ between two runs that have their dense phase in common.
+LATE = (
+    {"rate_after": 1.0}, {"average": 3},
+    {"density": 0.5}, {"theta": 3.0}, {"delta": 7.0}, {"preset": "continued"}, {"switch_at": 7}, {"switch_at": None},
+    {"switch_rule": "overfit"}, {"pattern": "near"}, {"pattern_budget": "rows"}, {"pattern_heads": "own"},
+    {"pattern": "random", "pattern_refresh": 2}, {"model": {"pruned": "drop"}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", LATE, ids=str)
+def test_configurations_that_differ_after_the_transition_share_their_dense_phase(changes):
+    config, other = tiny_config(), tiny_config(**changes)
+    assert config != other
+    assert dense_phase(other) == dense_phase(config)
+    assert dense_phase(dense_phase(config)) == dense_phase(config)
+    runs = [[], []]
+    for some, run in zip((other, dense_phase(config)), runs, strict=True):
+        made = Trainer(some, tiny_splits(), CPU)
+        run += [float(made.train_step()["loss"]) for _ in range(5)]
+    assert runs[0] == runs[1]
+    for _ in range(7):
+        made.train_step()
+    assert made.phase == "dense"
+
+
+@pytest.mark.parametrize("changes", [
+    {"seed": 1}, {"rate": 0.02}, {"batch": 4}, {"steps": 13}, {"warm_up": 4}, {"eval_every": 3}, {"precision": "bf16"},
+    {"protocol": "published"}, {"model": {"block": 16}}, {"model": {"dropout": 0.0}}, {"attention": "dense"},
+    {"model": {"sparsity_target": "correlation"}}, {"model": {"sparsity_init": "calibrated"}},
+], ids=str)  # fmt: skip
+def test_configurations_that_differ_before_the_transition_do_not_share_their_dense_phase(changes):
+    assert dense_phase(tiny_config(**changes)) != dense_phase(tiny_config())
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The steps that are trained, one by one."""
+    seen, train_step = [], fit.Trainer.train_step
+
+    def noted(self):
+        seen.append(self.step)
+        return train_step(self)
+
+    monkeypatch.setattr(fit.Trainer, "train_step", noted)
+    return seen
+
+
+def shared_folder(phases, config):
+    return phases / f"{dense_phase(config).name}-cpu-auto"
+
+
+def best_models(folder):
+    return {path.name: load_checkpoint(path, CPU)["model"] for path in folder.glob("best-*.pt")}
+
+
+@pytest.mark.parametrize("switch", [0, 3, 4, 10])
+def test_a_run_that_begins_with_a_shared_dense_phase_ends_as_it_would_alone(switch, tmp_path):
+    config = tiny_config(switch_at=switch, eval_every=2)
+    alone = run(tmp_path / "alone", config)
+    for name in ("first", "second"):  # one trains the dense phase, the other takes it
+        assert comparable(run(tmp_path / name, config, tmp_path / "phases")) == comparable(alone)
+        assert (tmp_path / name / "metrics.jsonl").read_text() == (tmp_path / "alone/metrics.jsonl").read_text()
+        mine, theirs = (best_models(tmp_path / folder) for folder in (name, "alone"))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[phase][key], theirs[phase][key]) for phase in mine for key in mine[phase])
+        assert json.loads((tmp_path / name / "config.json").read_text()) == config.as_dict()
+        for path in (tmp_path / name).glob("best-*.pt"):
+            assert load_checkpoint(path, CPU)["config"] == config.as_dict()
+
+
+def test_configurations_that_part_at_the_transition_train_its_dense_phase_once(tmp_path, trained):
+    phases = tmp_path / "phases"
+    run(tmp_path / "a", tiny_config(), phases)
+    assert trained == list(range(12))
+    source = shared_folder(phases, tiny_config()) / "before-000004"
+    before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
+    assert before.keys() >= {"last.pt", "metrics.jsonl", "best-dense.pt"}
+    changes = ({"density": 0.5}, {"pattern": "near"}, {"pattern": "random", "pattern_heads": "own"})
+    changes += ({"average": 3, "rate_after": 1.0},)
+    for name, changed in zip("bcde", changes, strict=True):
+        trained.clear()
+        config = tiny_config(**changed)
+        result = run(tmp_path / name, config, phases)
+        assert trained == list(range(4, 12))
+        assert comparable(result) == comparable(run(tmp_path / f"{name}-alone", config))
+        seconds = json.loads((tmp_path / name / "result.json").read_text())["seconds"]
+        assert seconds["dense"] > load_checkpoint(source / "last.pt", CPU)["seconds"]["dense"] - 0.01
+    assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
+    assert [path.name for path in phases.iterdir()] == [source.parent.name]
+
+
+def test_an_earlier_transition_is_where_a_later_ones_dense_phase_begins(tmp_path, trained):
+    phases, steps = tmp_path / "phases", {}
+    for switch in (2, 6, 9, 4):
+        trained.clear()
+        result = run(tmp_path / str(switch), tiny_config(switch_at=switch), phases)
+        steps[switch] = trained.copy()
+        alone = run(tmp_path / f"{switch}-alone", tiny_config(switch_at=switch))
+        assert comparable(result) == comparable(alone)
+    assert [some[0] for some in steps.values()] == [0, 2, 6, 2]  # the last is before the one of 6
+    assert all(some == list(range(some[0], 12)) for some in steps.values())
+    (folder,) = phases.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"lock", *(f"before-{switch:06}" for switch in steps)}
+
+
+def test_what_an_interrupted_dense_phase_left_is_harmless(tmp_path, trained):
+    config = tiny_config()
+    for name in ("half", "broken"):
+        work = shared_folder(tmp_path / name, config) / "work"
+        fit.fit(dense_phase(config), tiny_splits(), work, CPU, progress=False, stop_at=2)
+    (work / "last.pt").write_bytes(b"cut off")
+    (work / "config.json").write_text(json.dumps(tiny_config(seed=9).as_dict()))
+    alone = run(tmp_path / "alone", tiny_config())
+    for name in ("half", "broken"):
+        own = tmp_path / f"{name}-run"
+        own.mkdir()
+        (own / "metrics.jsonl").write_text('{"step": 0, "loss": 7.0}\n')  # copied before it was interrupted
+        assert comparable(run(own, tiny_config(), tmp_path / name)) == comparable(alone)
+        assert (own / "metrics.jsonl").read_text() == (tmp_path / "alone/metrics.jsonl").read_text()
+        assert {path.name for path in shared_folder(tmp_path / name, config).iterdir()} == {"lock", "before-000004"}
+
+
+def test_a_run_with_a_shared_dense_phase_goes_on_from_its_own_checkpoint(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0)
+    train_step, broken = fit.Trainer.train_step, []
+
+    def step_or_break(self):
+        if self.step == 7 and not broken:
+            broken.append(True)
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    monkeypatch.setattr(fit.Trainer, "train_step", step_or_break)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", tiny_config(), tmp_path / "phases")
+    trained.clear()
+    result = run(tmp_path / "run", tiny_config(), tmp_path / "phases")
+    assert trained == list(range(7, 12))
+    assert comparable(result) == comparable(run(tmp_path / "alone", tiny_config()))
+
+
+def test_several_processes_share_nothing(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablations.distributed, "size", lambda: 2)
+    monkeypatch.setattr(ablations, "train", lambda case, context: asked.append(case) or {"maps": {}, "history": []})
+    case = ablation_cases("smoke")[1]
+    assert ablations.ablate(case, Context("smoke", CPU, tmp_path, "code")) == {"history": []}
+    assert asked == [case]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_whose_folder_holds_another_configuration_is_left_alone(tmp_path):
+    run(tmp_path / "run", tiny_config())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match=r"another configuration \(recipe.seed: saved 0, wanted 1\)"):
+        run(tmp_path / "run", tiny_config(seed=1), tmp_path / "phases")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert not (tmp_path / "phases").exists()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"rate": 0.02}, {"model": {"sparsity_init": "calibrated"}}], ids=str)
+def test_configurations_that_part_earlier_do_not_share(changes, tmp_path, trained):
+    phases = tmp_path / "phases"
+    run(tmp_path / "first", tiny_config(), phases)
+    trained.clear()
+    config = tiny_config(**changes)
+    assert comparable(run(tmp_path / "other", config, phases)) == comparable(run(tmp_path / "alone", config))
+    assert trained == 2 * list(range(12))
+    assert set(phases.iterdir()) == {shared_folder(phases, some) for some in (tiny_config(), config)}
+
+
+@pytest.mark.parametrize("changes", [
+    {"switch_at": None}, {"switch_at": 12}, {"attention": "dense", "switch_at": 4, "average": 3},
+], ids=str)  # fmt: skip
+def test_a_run_that_is_not_forced_to_switch_shares_nothing(changes, tmp_path):
+    run(tmp_path / "run", tiny_config(**changes), tmp_path / "phases")
+    assert not (tmp_path / "phases").exists()

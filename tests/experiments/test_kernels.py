@@ -189,7 +189,7 @@ def test_a_step_of_the_preset_best_is_timed_in_the_sparse_phase_with_its_average
     best = run_config("cifar10", "sat", "best")
     assert trainer.config.model == best.model
     assert trainer.phase == "sparse"
-    pairs = zip(trainer.average.parameters(), trainer.model.parameters(), strict=True)
+    pairs = zip(trainer.evaluated.parameters(), trainer.model.parameters(), strict=True)
     apart = [not torch.equal(average, trained) for average, trained in pairs]
     assert sum(apart) > len(apart) / 2, "the average isn't taken in the step"  # it began with the same weights
     assert {layout.density for layout in trainer.model.layouts} == {row.density} == {best.recipe.density}

@@ -21,6 +21,7 @@ from sat_lib.explorer import widget
 from sat_lib.explorer.view import PretrainedSource, RunSource, State, view
 from sat_lib.figures import patterns
 from sat_lib.training import fit
+from sat_lib.training.checkpoint import load_model
 
 CPU = torch.device("cpu")
 STEPS = (0, 4, 12)
@@ -71,7 +72,7 @@ def test_a_run_is_explored_at_its_snapshots(source, trained):
     assert maps.dtype == torch.float32
     assert maps.sum(-1).numpy() == pytest.approx(1, abs=1e-5)
     assert source.maps(12, 3) is maps
-    model = fit.load_model(fit.snapshot_path(trained, 12), CPU)
+    model = load_model(fit.snapshot_path(trained, 12), CPU)
     tokens = torch.as_tensor(tiny_splits().test.batch(np.arange(4))[0])
     assert torch.allclose(maps, torch.stack([layer[3] for layer in comparison.encoder_maps(model, tokens)]), atol=1e-6)
     assert torch.equal(source.scores(12, 1), model.sparsity_parameters[1]())

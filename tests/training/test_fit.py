@@ -17,8 +17,8 @@ from sat_lib.common import files
 from sat_lib.common.errors import InputError
 from sat_lib.datasets import batches
 from sat_lib.training import fit as runs
-from sat_lib.training.fit import NonFiniteLoss, fit, load_checkpoint, load_model, snapshot_path
-from sat_lib.training.recipe import dense_phase
+from sat_lib.training.checkpoint import load_checkpoint, load_model, save_checkpoint
+from sat_lib.training.fit import NonFiniteLoss, fit, snapshot_path
 
 CPU = torch.device("cpu")
 
@@ -184,6 +184,18 @@ def test_a_damaged_checkpoint_is_named(damage, tmp_path):
         load_model(tmp_path / "none.pt", CPU)
 
 
+def test_a_file_of_another_kind_or_version_is_named(tmp_path):
+    run(tmp_path, stop_at=6)
+    with pytest.raises(InputError, match=r"with \['config', .*'step'\]; got \['best', 'seconds', 'trainer'\]"):
+        load_model(tmp_path / "last.pt", CPU)
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(tmp_path / "best-dense.pt", CPU))
+    with pytest.raises(InputError, match=r"with \['best', 'seconds', 'trainer'\]; got .* delete it to train"):
+        run(tmp_path)
+    save_checkpoint(tmp_path / "last.pt", torch.zeros(3))
+    with pytest.raises(InputError, match="got Tensor"):
+        run(tmp_path)
+
+
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     run(tmp_path, stop_at=3)
     before = (tmp_path / "last.pt").read_bytes()
@@ -255,145 +267,6 @@ def test_snapshots_that_a_run_cannot_have_are_refused(tmp_path):
     assert run(tmp_path, snapshots=(7,)) == run(tmp_path)
     with pytest.raises(InputError, match=r"went past the steps \[2\] without"):
         run(tmp_path, snapshots=(2, 7))
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """The steps that are trained, one by one."""
-    seen, train_step = [], runs.Trainer.train_step
-
-    def noted(self):
-        seen.append(self.step)
-        return train_step(self)
-
-    monkeypatch.setattr(runs.Trainer, "train_step", noted)
-    return seen
-
-
-def shared_folder(phases, config):
-    return phases / f"{dense_phase(config).name}-cpu-auto"
-
-
-def best_models(folder):
-    return {path.name: load_checkpoint(path, CPU)["model"] for path in folder.glob("best-*.pt")}
-
-
-@pytest.mark.parametrize("switch", [0, 3, 4, 10])
-def test_a_run_that_begins_with_a_shared_dense_phase_ends_as_it_would_alone(switch, tmp_path):
-    config = tiny_config(switch_at=switch, eval_every=2)
-    alone = run(tmp_path / "alone", config)
-    for name in ("first", "second"):  # one trains the dense phase, the other takes it
-        assert comparable(run(tmp_path / name, config, shared=tmp_path / "phases")) == comparable(alone)
-        assert (tmp_path / name / "metrics.jsonl").read_text() == (tmp_path / "alone/metrics.jsonl").read_text()
-        mine, theirs = (best_models(tmp_path / folder) for folder in (name, "alone"))
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[phase][key], theirs[phase][key]) for phase in mine for key in mine[phase])
-        assert json.loads((tmp_path / name / "config.json").read_text()) == config.as_dict()
-        for path in (tmp_path / name).glob("best-*.pt"):
-            assert load_checkpoint(path, CPU)["config"] == config.as_dict()
-
-
-def test_configurations_that_part_at_the_transition_train_its_dense_phase_once(tmp_path, trained):
-    phases = tmp_path / "phases"
-    run(tmp_path / "a", shared=phases)
-    assert trained == list(range(12))
-    source = shared_folder(phases, tiny_config()) / "before-000004"
-    before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
-    assert before.keys() >= {"last.pt", "metrics.jsonl", "best-dense.pt"}
-    changes = ({"density": 0.5}, {"pattern": "near"}, {"pattern": "random", "pattern_heads": "own"})
-    changes += ({"average": 3, "rate_after": 1.0},)
-    for name, changed in zip("bcde", changes, strict=True):
-        trained.clear()
-        config = tiny_config(**changed)
-        result = run(tmp_path / name, config, shared=phases)
-        assert trained == list(range(4, 12))
-        assert comparable(result) == comparable(run(tmp_path / f"{name}-alone", config))
-        seconds = json.loads((tmp_path / name / "result.json").read_text())["seconds"]
-        assert seconds["dense"] > load_checkpoint(source / "last.pt", CPU)["seconds"]["dense"] - 0.01
-    assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
-    assert [path.name for path in phases.iterdir()] == [source.parent.name]
-
-
-def test_an_earlier_transition_is_where_a_later_ones_dense_phase_begins(tmp_path, trained):
-    phases, steps = tmp_path / "phases", {}
-    for switch in (2, 6, 9, 4):
-        trained.clear()
-        result = run(tmp_path / str(switch), tiny_config(switch_at=switch), shared=phases)
-        steps[switch] = trained.copy()
-        alone = run(tmp_path / f"{switch}-alone", tiny_config(switch_at=switch))
-        assert comparable(result) == comparable(alone)
-    assert [some[0] for some in steps.values()] == [0, 2, 6, 2]  # the last is before the one of 6
-    assert all(some == list(range(some[0], 12)) for some in steps.values())
-    (folder,) = phases.iterdir()
-    assert {path.name for path in folder.iterdir()} == {"lock", *(f"before-{switch:06}" for switch in steps)}
-
-
-def test_what_an_interrupted_dense_phase_left_is_harmless(tmp_path, trained):
-    config = tiny_config()
-    for name in ("half", "broken"):
-        work = shared_folder(tmp_path / name, config) / "work"
-        run(work, dense_phase(config), stop_at=2)
-    (work / "last.pt").write_bytes(b"cut off")
-    (work / "config.json").write_text(json.dumps(tiny_config(seed=9).as_dict()))
-    alone = run(tmp_path / "alone")
-    for name in ("half", "broken"):
-        own = tmp_path / f"{name}-run"
-        own.mkdir()
-        (own / "metrics.jsonl").write_text('{"step": 0, "loss": 7.0}\n')  # copied before it was interrupted
-        assert comparable(run(own, shared=tmp_path / name)) == comparable(alone)
-        assert (own / "metrics.jsonl").read_text() == (tmp_path / "alone/metrics.jsonl").read_text()
-        assert {path.name for path in shared_folder(tmp_path / name, config).iterdir()} == {"lock", "before-000004"}
-
-
-def test_a_run_with_a_shared_dense_phase_goes_on_from_its_own_checkpoint(tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
-    train_step, broken = runs.Trainer.train_step, []
-
-    def step_or_break(self):
-        if self.step == 7 and not broken:
-            broken.append(True)
-            raise KeyboardInterrupt
-        return train_step(self)
-
-    monkeypatch.setattr(runs.Trainer, "train_step", step_or_break)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", shared=tmp_path / "phases")
-    trained.clear()
-    result = run(tmp_path / "run", shared=tmp_path / "phases")
-    assert trained == list(range(7, 12))
-    assert comparable(result) == comparable(run(tmp_path / "alone"))
-
-
-def test_parts_of_a_run_and_several_processes_share_nothing(tmp_path, monkeypatch):
-    refused = pytest.raises(
-        InputError, match="shared: wanted a whole run of one process, without stop_at and snapshots"
-    )
-    for settings in ({"stop_at": 7}, {"snapshots": (7,)}):
-        with refused:
-            run(tmp_path / "run", shared=tmp_path / "phases", **settings)
-    monkeypatch.setattr(runs.distributed, "size", lambda: 2)
-    with refused:
-        run(tmp_path / "run", shared=tmp_path / "phases")
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"rate": 0.02}, {"model": {"sparsity_init": "calibrated"}}], ids=str)
-def test_configurations_that_part_earlier_do_not_share(changes, tmp_path, trained):
-    phases = tmp_path / "phases"
-    run(tmp_path / "first", shared=phases)
-    trained.clear()
-    config = tiny_config(**changes)
-    assert comparable(run(tmp_path / "other", config, shared=phases)) == comparable(run(tmp_path / "alone", config))
-    assert trained == 2 * list(range(12))
-    assert set(phases.iterdir()) == {shared_folder(phases, some) for some in (tiny_config(), config)}
-
-
-@pytest.mark.parametrize("changes", [
-    {"switch_at": None}, {"switch_at": 12}, {"attention": "dense", "switch_at": 4, "average": 3},
-], ids=str)  # fmt: skip
-def test_a_run_that_is_not_forced_to_switch_shares_nothing(changes, tmp_path):
-    run(tmp_path / "run", tiny_config(**changes), shared=tmp_path / "phases")
-    assert not (tmp_path / "phases").exists()
 
 
 @pytest.mark.parametrize("stop", [None, 4, 7, 8])

@@ -61,13 +61,13 @@ def test_taylor_and_gradient_are_derivatives_of_the_loss_by_gates(batch, masked)
     gates = torch.ones(2, 2, 7, 7, dtype=torch.float64, requires_grad=True)
     loss = F.cross_entropy(with_gates(small_model(masked), tokens, factors=gates), labels)
     (wanted,) = torch.autograd.grad(loss, gates)
-    got = saliency.block_signal(small_model(masked).float(), "taylor", tokens, labels)
+    got = saliency.block_saliency(small_model(masked).float(), "taylor", tokens, labels)
     torch.testing.assert_close(got.double(), -wanted, rtol=1e-3, atol=1e-6)
 
     bias = torch.zeros(2, 2, 7, 7, dtype=torch.float64, requires_grad=True)
     loss = F.cross_entropy(with_gates(small_model(masked), tokens, bias=bias), labels)
     (wanted,) = torch.autograd.grad(loss, bias)
-    got = saliency.block_signal(small_model(masked).float(), "gradient", tokens, labels)
+    got = saliency.block_saliency(small_model(masked).float(), "gradient", tokens, labels)
     torch.testing.assert_close(got.double(), -wanted, rtol=1e-3, atol=1e-6)
 
 
@@ -79,21 +79,21 @@ def test_fisher_is_the_mean_square_of_each_examples_derivative(batch):
         some = slice(example, example + 1)
         loss = F.cross_entropy(with_gates(small_model(), tokens[some], bias=bias), labels[some])
         wanted = wanted + torch.autograd.grad(loss, bias)[0].square() / EXAMPLES
-    got = saliency.block_signal(small_model().float(), "fisher", tokens, labels)
+    got = saliency.block_saliency(small_model().float(), "fisher", tokens, labels)
     torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=1e-9)
 
 
-def test_signals_of_the_map(batch):
+def test_criteria_of_the_map(batch):
     tokens, labels = batch
     model = small_model().float()
-    mass = saliency.block_signal(model, "attention", tokens, labels)
+    mass = saliency.block_saliency(model, "attention", tokens, labels)
     rows = torch.tensor([8.0] * 6 + [4.0])  # each of a block row's queries gives away a mass of 1
     torch.testing.assert_close(mass.sum(-1), rows.expand(2, 2, 7))
-    excess = saliency.block_signal(model, "excess", tokens, labels)
+    excess = saliency.block_saliency(model, "excess", tokens, labels)
     torch.testing.assert_close(excess, mass - mass.mean(-2, keepdim=True), rtol=1e-4, atol=1e-4)
     same = tokens[:1].expand(4, -1)
-    assert saliency.block_signal(model, "content", same, labels[:4]).max() < 1e-3  # the same map in every example
-    assert saliency.block_signal(model, "content", tokens, labels).max() > 0.01
+    assert saliency.block_saliency(model, "content", same, labels[:4]).max() < 1e-3  # the same map in every example
+    assert saliency.block_saliency(model, "content", tokens, labels).max() > 0.01
 
 
 def test_value_is_the_distance_that_a_block_moves_the_outputs(batch):
@@ -107,7 +107,7 @@ def test_value_is_the_distance_that_a_block_moves_the_outputs(batch):
         keys = slice(8, 16)
         moved = attention[..., keys] @ v[:, :, keys] - attention[..., keys].sum(-1, keepdim=True) * out
         wanted = moved.norm(dim=-1).mean(0)[:, 16:24].sum(1)  # block row 2, block column 1
-    got = saliency.block_signal(model.float(), "value", tokens, labels)
+    got = saliency.block_saliency(model.float(), "value", tokens, labels)
     torch.testing.assert_close(got[0, :, 2, 1].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -131,16 +131,16 @@ def test_correlation_is_that_of_the_blocks_mean_values():
     assert not block_correlation(v, BLOCK, mask)[3].any()
 
 
-@pytest.mark.parametrize("name", saliency.SIGNALS)
+@pytest.mark.parametrize("name", saliency.CRITERIA)
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_signal_of_both_phases_is_finite_and_leaves_the_model_alone(batch, name, masked, monkeypatch):
+def test_every_criterion_of_both_phases_is_finite_and_leaves_the_model_alone(batch, name, masked, monkeypatch):
     monkeypatch.setattr(saliency, "GATE_STEPS", 3)
     monkeypatch.setattr(saliency, "CHUNK_ENTRIES", 2 * LENGTH**2 * 2)  # two examples at a time
     model = small_model(masked).float()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    dense = saliency.block_signal(model, name, *batch)
+    dense = saliency.block_saliency(model, name, *batch)
     model.enter_sparse_phase([window_layout(7, 1, BLOCK)] * 2)
-    sparse = saliency.block_signal(model, name, *batch)
+    sparse = saliency.block_saliency(model, name, *batch)
     for scores in (dense, sparse):
         assert scores.shape == (2, 2, 7, 7) and scores.dtype == torch.float32 and scores.isfinite().all()
         assert scores.unique().numel() > 7
@@ -151,14 +151,14 @@ def test_every_signal_of_both_phases_is_finite_and_leaves_the_model_alone(batch,
 def test_a_gate_lowers_the_loss(batch):
     tokens, labels = batch
     model = small_model().float()
-    gate = saliency.block_signal(model, "gate", tokens, labels)
+    gate = saliency.block_saliency(model, "gate", tokens, labels)
     with torch.no_grad():
         before = F.cross_entropy(with_gates(model, tokens), labels)
         assert F.cross_entropy(with_gates(model, tokens, bias=gate), labels) < before - 0.01
 
 
-def test_unknown_signals_and_models_are_refused(batch):
-    with pytest.raises(InputError, match="signal: wanted one of"):
-        saliency.block_signal(small_model(), "importance", *batch)
+def test_unknown_criteria_and_models_are_refused(batch):
+    with pytest.raises(InputError, match="criterion: wanted one of"):
+        saliency.block_saliency(small_model(), "importance", *batch)
     with pytest.raises(InputError, match="model: wanted attention 'dense' or 'sat'; got 'longformer'"):
-        saliency.block_signal(Encoder(tiny_config("longformer").model), "taylor", *batch)
+        saliency.block_saliency(Encoder(tiny_config("longformer").model), "taylor", *batch)

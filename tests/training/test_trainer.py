@@ -16,8 +16,9 @@ from sat_lib.common.errors import InputError
 from sat_lib.datasets.batches import batch_indices
 from sat_lib.model.encoder import Encoder
 from sat_lib.model.sparsity import LOSS_WEIGHT, sparsity_loss
-from sat_lib.training.recipe import PUBLISHED, config_from_dict, dense_phase, run_config
-from sat_lib.training.saliency import block_signal
+from sat_lib.training.checkpoint import config_from_dict
+from sat_lib.training.recipe import PUBLISHED, run_config
+from sat_lib.training.saliency import block_saliency
 from sat_lib.training.trainer import Trainer
 
 
@@ -83,7 +84,7 @@ def test_dense_phase_loss_and_its_weight():
 
 
 @pytest.mark.parametrize("init", ["released", "calibrated"])
-def test_the_sparsity_parameter_may_foretell_the_correlation_of_the_blocks_values(init):
+def test_the_sparsity_parameter_may_predict_the_correlation_of_the_blocks_values(init):
     made = trainer(model={"sparsity_target": "correlation", "sparsity_init": init, "dropout": 0.0})
     values = []
     for layer in made.model.layers:
@@ -102,7 +103,7 @@ def test_the_sparsity_parameter_may_foretell_the_correlation_of_the_blocks_value
 @pytest.mark.parametrize(("init", "target", "scale"), [
     ("released", "attention", 1), ("calibrated", "attention", 256), ("calibrated", "correlation", 1),
 ])  # fmt: skip
-def test_the_target_is_multiplied_by_the_length_where_a_calibrated_parameter_foretells_attention(init, target, scale):
+def test_the_target_is_multiplied_by_the_length_where_a_calibrated_parameter_predicts_attention(init, target, scale):
     made = trainer(model={"sparsity_init": init, "sparsity_target": target})
     assert [parameter.scale for parameter in made.model.sparsity_parameters] == [scale] * 2
 
@@ -286,24 +287,6 @@ def test_a_batch_that_is_given_takes_the_place_of_the_steps_own():
     assert float(made.train_step()["loss"]) != float(other.train_step((tokens, (labels + 1) % 10))["loss"])
 
 
-def test_a_checkpoint_from_before_a_field_was_new_has_its_default():
-    state = trainer().state_dict()
-    del state["config"]["model"]["window"]
-    trainer().load_state_dict(state)
-    with pytest.raises(InputError, match=r"model\.window: saved 64, wanted 32"):
-        trainer(model={"window": 32}).load_state_dict(state)
-
-
-@pytest.mark.parametrize("seen", [{}, {"dev_loss": 0.7, "overfitting": True}])
-def test_an_older_checkpoint_has_seen_the_evaluations_that_it_tells_of(seen):
-    state = trainer().state_dict()
-    del state["evaluation_rule"]
-    made = trainer()
-    made.load_state_dict(state | seen)
-    assert made.evaluation_rule.dev_loss == seen.get("dev_loss")
-    assert made.evaluation_rule.fired == seen.get("overfitting", False)
-
-
 def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing():
     made = trainer()
     dense = copy.deepcopy(made.state_dict())
@@ -311,8 +294,14 @@ def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused_and_changes_nothing
     before = copy.deepcopy(made.model.state_dict())
     with pytest.raises(InputError, match="of the dense phase, and this trainer is in the sparse one"):
         made.load_state_dict(dense)
-    with pytest.raises(InputError, match="an earlier version of sat_lib wrote it"):
-        made.load_state_dict(made.state_dict() | {"rng": torch.get_rng_state()})
+    incomplete = made.state_dict()
+    del incomplete["evaluation_rule"]
+    with pytest.raises(InputError, match=r"wanted one of this version .*, with \['average', .*Take another file"):
+        made.load_state_dict(incomplete)
+    older = copy.deepcopy(made.state_dict())
+    del older["config"]["model"]["window"]
+    with pytest.raises(InputError, match=r"a model with the fields of this version .* it differs in \['window'\]"):
+        made.load_state_dict(older)
     assert made.step == 6
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
@@ -399,13 +388,13 @@ def test_a_random_pattern_is_drawn_anew_for_every_layer_and_seed():
 
 @pytest.mark.parametrize("heads", ["shared", "own"])
 @pytest.mark.parametrize("name", ["attention", "gradient", "correlation"])
-def test_a_signals_pattern_is_measured_on_training_examples_at_the_transition(name, heads):
+def test_a_criterions_pattern_is_measured_on_training_examples_at_the_transition(name, heads):
     made = trainer(pattern=name, pattern_heads=heads, pattern_budget="balanced")
     steps(made, 5)
     dense = Encoder(made.config.model)
     dense.load_state_dict(made.model.state_dict())
     draws = torch.get_rng_state()
-    wanted = block_signal(dense, name, *made.examples.batch(np.arange(24)))
+    wanted = block_saliency(dense, name, *made.examples.batch(np.arange(24)))
     assert torch.equal(torch.get_rng_state(), draws)  # dropout goes on as without it
     scores = made.maps["scores"]
     torch.testing.assert_close(scores, wanted, rtol=1e-3, atol=1e-6)
@@ -413,11 +402,11 @@ def test_a_signals_pattern_is_measured_on_training_examples_at_the_transition(na
     assert torch.equal(grids(made), layouts_of(made, scores if heads == "own" else scores.mean(1)))
 
 
-def test_a_signal_is_measured_on_so_many_examples_drawn_by_seed_and_step(monkeypatch):
-    monkeypatch.setattr("sat_lib.training.trainer.PROBE_EXAMPLES", 10)
+def test_saliency_is_measured_on_so_many_examples_drawn_by_seed_and_step(monkeypatch):
+    monkeypatch.setattr("sat_lib.training.pattern.PROBE_EXAMPLES", 10)
     seen = []
-    measure = lambda model, name, tokens, labels, seed: seen.append(tokens) or torch.zeros(2, 2, 8, 8)
-    monkeypatch.setattr("sat_lib.training.trainer.block_signal", measure)
+    measure = lambda model, criterion, tokens, labels, seed: seen.append(tokens) or torch.zeros(2, 2, 8, 8)
+    monkeypatch.setattr("sat_lib.training.pattern.block_saliency", measure)
     for settings in ({}, {}, {"seed": 1}, {"switch_at": 3}):
         steps(trainer(pattern="taylor", **settings), 5)
     first, again, *others = seen
@@ -467,39 +456,6 @@ def test_resuming_between_refreshes_gives_the_same_run_bit_for_bit(pattern, stop
     assert got == wanted
     assert whole.model.layouts == second.model.layouts
     assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
-
-
-# What may differ between two runs that have their dense phase in common.
-LATE = (
-    {"rate_after": 1.0}, {"average": 3},
-    {"density": 0.5}, {"theta": 3.0}, {"delta": 7.0}, {"preset": "continued"}, {"switch_at": 7}, {"switch_at": None},
-    {"switch_rule": "overfit"}, {"pattern": "near"}, {"pattern_budget": "rows"}, {"pattern_heads": "own"},
-    {"pattern": "random", "pattern_refresh": 2}, {"model": {"pruned": "drop"}},
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("changes", LATE, ids=str)
-def test_configurations_that_differ_after_the_transition_share_their_dense_phase(changes):
-    config, other = tiny_config(), tiny_config(**changes)
-    assert config != other
-    assert dense_phase(other) == dense_phase(config)
-    assert dense_phase(dense_phase(config)) == dense_phase(config)
-    runs = [[], []]
-    for some, run in zip((other, dense_phase(config)), runs, strict=True):
-        made = Trainer(some, tiny_splits(), torch.device("cpu"))
-        run += [float(r["loss"]) for r in steps(made, 5)]
-    assert runs[0] == runs[1]
-    steps(made, 7)
-    assert made.phase == "dense"
-
-
-@pytest.mark.parametrize("changes", [
-    {"seed": 1}, {"rate": 0.02}, {"batch": 4}, {"steps": 13}, {"warm_up": 4}, {"eval_every": 3}, {"precision": "bf16"},
-    {"protocol": "published"}, {"model": {"block": 16}}, {"model": {"dropout": 0.0}}, {"attention": "dense"},
-    {"model": {"sparsity_target": "correlation"}}, {"model": {"sparsity_init": "calibrated"}},
-], ids=str)  # fmt: skip
-def test_configurations_that_differ_before_the_transition_do_not_share_their_dense_phase(changes):
-    assert dense_phase(tiny_config(**changes)) != dense_phase(tiny_config())
 
 
 def test_a_checkpoint_of_another_configuration_names_what_differs():
