@@ -49,9 +49,8 @@ def fuse(model: Encoder, *, compiled: bool) -> None:
     for layer in model.layers:
         plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
         require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
-    model.parts = Parts(
-        functools.partial(_embed, compiled=compiled), fused_layer, functools.partial(_pool, compiled=compiled)
-    )
+    embed, pool = (functools.partial(part, compiled=compiled) for part in (_embed, _pool))
+    model.parts = Parts(embed, _layer, pool)
 
 
 def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> None:
@@ -71,26 +70,21 @@ def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> N
 
 def _embed(encoder: Encoder, tokens: Tensor, compiled: bool) -> Tensor:
     tables = encoder.token.weight, encoder.position.weight, encoder.global_token
-    return embed(tokens, *tables, _dropout(encoder), compiled=compiled and encoder.training)
+    dropout = encoder.dropout.p if encoder.training else 0.0
+    return embed(tokens, *tables, dropout, compiled=compiled and encoder.training)
 
 
-def fused_layer(
-    layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool
-) -> tuple[Tensor, LayerStatistics | None]:
+def _layer(layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
     """What a layer computes, with one operator before attention and one behind it."""
     attention, feed_forward = layer.attention, layer.feed_forward
     *qkv, x = before_attention(x, layer.norm_attention, (attention.query, attention.key, attention.value))
     attended, seen = attention.attend_by_head([attention.split_heads(part) for part in qkv], mask, statistics)
     modules = attention.out, layer.norm_feed_forward, feed_forward.up, feed_forward.down
-    return after_attention(x, attended, *modules, _dropout(layer)), seen
+    return after_attention(x, attended, *modules, layer.dropout.p if layer.training else 0.0), seen
 
 
 def _pool(encoder: Encoder, x: Tensor, real: Tensor, compiled: bool) -> Tensor:
     return masked_mean(x, real, encoder.norm, compiled=compiled and encoder.training)
-
-
-def _dropout(module: Encoder | Layer) -> float:
-    return module.dropout.p if module.training else 0.0
 
 
 # ---- left to torch.compile -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from sat_lib.common.errors import InputError
 from sat_lib.datasets.cache import Split, Splits
 from sat_lib.datasets.tasks import task
 from sat_lib.model import fused
-from sat_lib.model.encoder import Encoder
+from sat_lib.model.encoder import PLAIN, Encoder
 from sat_lib.model.fused import HIDDEN, WIDTH, after_attention, before_attention, embedding
 from sat_lib.training.recipe import model_config, run_config
 from sat_lib.training.trainer import Trainer
@@ -330,7 +330,7 @@ def test_a_fast_step_averages_the_weights_and_evaluates_them_under_refreshed_lay
             wanted = now if wanted is None else 0.75 * wanted + 0.25 * now
             torch.testing.assert_close(flat(trainer.evaluated.parameters()), wanted, rtol=1e-5, atol=1e-6)
             assert trainer.evaluated.layouts == trainer.model.layouts
-    assert trainer.evaluated is not trainer.model and trainer.evaluated.parts.layer is fused.fused_layer
+    assert trainer.evaluated is not trainer.model and trainer.evaluated.parts.layer is not PLAIN.layer
     seen, dev = trainer.evaluate(trainer.data.dev), trainer.data.dev
     trainer.average = None
     assert trainer.evaluate(dev).loss != seen.loss
