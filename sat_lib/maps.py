@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention.layout import BlockLayout
-from .attention.patterns import bigbird_layout, generate_layout, nearness, random_layout
+from .attention.patterns import generate_layout
+from .attention.static_patterns import bigbird_layout, nearness, random_layout
 from .attention.statistics import attention_map, mass_kept, overlap, pool_blocks
 from .common.errors import InputError, require
 from .model.encoder import Encoder, SelfAttention

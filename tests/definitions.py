@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from sat_lib.attention.patterns import bigbird_layout
+from sat_lib.attention.static_patterns import bigbird_layout
 
 
 def dense_mask(q, k, real):

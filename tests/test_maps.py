@@ -9,7 +9,8 @@ from conftest import tiny_config, tiny_splits
 from made_maps import random_maps, symmetric
 
 from sat_lib import maps as comparison
-from sat_lib.attention.patterns import generate_layout, nearness
+from sat_lib.attention.patterns import generate_layout
+from sat_lib.attention.static_patterns import nearness
 from sat_lib.attention.statistics import mass_kept
 from sat_lib.common.errors import InputError
 from sat_lib.experiments import patterns as patterns_experiment

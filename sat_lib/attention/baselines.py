@@ -18,8 +18,8 @@ from ..common.errors import require
 from .gather import attend, gathered_attention, split
 from .layout import BlockLayout
 from .ops import block_sparse_attention
-from .patterns import bigbird_layout, check_bigbird_blocks, window_layout
 from .reference import cast_as_autocast, check_attention_inputs
+from .static_patterns import bigbird_layout, check_bigbird_blocks, window_layout
 
 IMPLEMENTATIONS = {"kernel": partial(block_sparse_attention, pruned="drop"), "library": gathered_attention}
 BAND_BLOCK = 32  # side of the blocks that Longformer's window is laid out in: a choice of speed alone
@@ -187,8 +187,8 @@ def bigbird_attention(
 ) -> Tensor:
     """BigBird (Zaheer et al. 2020): global first and last block, a window of 3 blocks, random blocks per head.
 
-    The pattern is `patterns.bigbird_layout`, drawn once from (seed, layer): the same in training and evaluation, which
-    the layers in transformers are not (in evaluation all their random blocks are block 0).
+    The pattern is `static_patterns.bigbird_layout`, drawn once from (seed, layer): the same in training and evaluation,
+    which the layers in transformers are not (in evaluation all their random blocks are block 0).
     """
     compute = _implementation(implementation)
     _check_self_attention(q, k, v, key_padding_mask)

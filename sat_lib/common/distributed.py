@@ -197,6 +197,18 @@ def mean(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def mean_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """Put the mean over the processes in place of each parameter's gradient, and return that of a loss.
+
+    All in one tensor at the end of the backward pass, 0.6 MB for CIFAR-10, instead of DistributedDataParallel's buckets
+    during it: there is little to hide, and it goes into a CUDA graph. (The dense phase's maps are 8.4 MB.)
+    """
+    mean_loss, *means = mean([loss.detach(), *(parameter.grad for parameter in parameters)])
+    for parameter, gradient in zip(parameters, means, strict=True):
+        parameter.grad = gradient
+    return mean_loss
+
+
 def total(values: Tensor) -> Tensor:
     """The sum over the processes of a tensor."""
     if size() > 1:

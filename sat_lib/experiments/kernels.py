@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..attention import ops, reference, statistics
 from ..attention.layout import BlockLayout
-from ..attention.patterns import random_layout
+from ..attention.static_patterns import random_layout
 from ..common import timing
 from ..model import fused
 from ..training.recipe import PAPER_TASKS, run_config

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.patterns import random_layout
+from ..attention.static_patterns import random_layout
 from ..common import timing
 from ..common.errors import require
 from ..datasets import pairs

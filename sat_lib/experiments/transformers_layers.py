@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
-from ..attention.patterns import bigbird_layout
+from ..attention.static_patterns import bigbird_layout
 from ..common.errors import require
 from ..model.encoder import Encoder, ModelConfig, SelfAttention
 

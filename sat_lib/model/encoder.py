@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import get_attention
-from ..attention.baselines import BASELINES, IMPLEMENTATIONS, check_bigbird, check_longformer, check_lsg
+from ..attention.baselines import BASELINES, IMPLEMENTATIONS
 from ..attention.layout import BlockLayout
 from ..attention.ops import attention_statistics
 from ..attention.reference import PRUNED_RULES
 from ..attention.statistics import block_correlation, sparse_statistics
 from ..common.errors import require
+from .baseline_options import attention_options, check_baseline
 from .sparsity import SparsityParameter, freeze
 
 
@@ -77,36 +78,9 @@ class ModelConfig:
             f"implementation: wanted one of {list(IMPLEMENTATIONS)}, 'kernel' for dense and sat; got "
             f"{self.implementation!r} for {self.attention!r}",
         )
-        self._check_pattern()
-
-    def _check_pattern(self) -> None:
-        """The baselines' own sizes, which their attention would refuse later."""
-        if isinstance(self.dilation, list):
+        if isinstance(self.dilation, list):  # from JSON
             object.__setattr__(self, "dilation", tuple(self.dilation))
-        require(
-            len(self.dilations) == self.layers,
-            f"dilation: wanted one number, or one for each of {self.layers} layers; got {self.dilation}",
-        )
-        if self.attention == "longformer":
-            for dilation in self.dilations:
-                check_longformer(self.length, self.window, dilation, self.global_token)
-        elif self.attention == "bigbird":
-            check_bigbird(self.length, self.block, self.random_blocks)
-        elif self.attention == "lsg":
-            check_lsg(self.length, self.block, self.sparsity_factor)
-
-    def attention_options(self, layer: int) -> dict:
-        """What the attention function of a layer (from 0) is given beside its inputs."""
-        common = {"implementation": self.implementation}
-        if self.attention == "longformer":
-            sizes = {"window": self.window, "dilation": self.dilations[layer]}
-            return common | sizes | {"global_token": self.global_token}
-        if self.attention == "bigbird":
-            random = {"random_blocks": self.random_blocks, "seed": self.pattern_seed, "layer": layer}
-            return common | {"block": self.block} | random
-        if self.attention == "lsg":
-            return common | {"block": self.block, "factor": self.sparsity_factor}
-        return {"pruned": self.pruned} if self.attention == "sat" else {}
+        check_baseline(self)
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -127,13 +101,16 @@ class LayerStatistics(NamedTuple):
     correlation: Tensor | None = None  # (N, N), `statistics.block_correlation`, where it is `sparsity_target`
 
 
+LayerResult = tuple[Tensor, LayerStatistics | None]  # what a layer, or a part of it, gives; statistics where asked for
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention. SAT's has a sparsity parameter, and is dense until `layout` is set."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
-        self.attend = get_attention(config.attention, **config.attention_options(layer))
+        self.attend = get_attention(config.attention, **attention_options(config, layer))
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
@@ -148,7 +125,7 @@ class SelfAttention(nn.Module):
             length = config.length if config.sparsity_target == "attention" else None
             self.sparsity = SparsityParameter(config.blocks, width, config.sparsity_init, length)
 
-    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
+    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool) -> LayerResult:
         """x (B, L, width), mask (B, L) bool, True at keys that are seen -> (B, L, width), and statistics if wanted."""
         more = {}
         if self.global_projections is not None:
@@ -165,9 +142,7 @@ class SelfAttention(nn.Module):
         """(B, L, width) -> (B, H, L, d)."""
         return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
 
-    def attend_by_head(
-        self, qkv: Sequence[Tensor], mask: Tensor | None, statistics: bool, **more
-    ) -> tuple[Tensor, LayerStatistics | None]:
+    def attend_by_head(self, qkv: Sequence[Tensor], mask: Tensor | None, statistics: bool, **more) -> LayerResult:
         """q, k, v -> the heads' results side by side, (B, L, width), before the output projection; and statistics."""
         if self.layout is not None:
             more["layout"] = self.layout
@@ -177,10 +152,9 @@ class SelfAttention(nn.Module):
 
     def statistics(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> LayerStatistics:
         """Batch-and-head mean of `A^s` in the dense phase, of `S^s` in the sparse phase; correlations if wanted."""
-        block = self.config.block
+        block, pruned = self.config.block, self.config.pruned
         if self.layout is not None:
-            seen = sparse_statistics(q, k, self.layout, key_padding_mask=mask, pruned=self.config.pruned)
-            return LayerStatistics(*seen)
+            return LayerStatistics(*sparse_statistics(q, k, self.layout, key_padding_mask=mask, pruned=pruned))
         seen = attention_statistics(q, k, block, key_padding_mask=mask)
         wanted = self.config.sparsity_target == "correlation"
         return LayerStatistics(*seen, block_correlation(v, block, mask) if wanted else None)
@@ -213,7 +187,7 @@ class Layer(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config.width, config.hidden, config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool, compute: Callable):
+    def forward(self, x: Tensor, mask: Tensor | None, statistics: bool, compute: Callable) -> LayerResult:
         return compute(self, x, mask, statistics)
 
 
@@ -226,7 +200,7 @@ class Parts(NamedTuple):
     """
 
     embed: Callable[["Encoder", Tensor], Tensor]
-    layer: Callable[[Layer, Tensor, Tensor | None, bool], tuple[Tensor, LayerStatistics | None]]
+    layer: Callable[[Layer, Tensor, Tensor | None, bool], LayerResult]
     pool: Callable[["Encoder", Tensor, Tensor], Tensor]
 
 
@@ -237,7 +211,7 @@ def _embed(encoder: "Encoder", tokens: Tensor) -> Tensor:
     return encoder.dropout(x)
 
 
-def _layer(layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
+def _layer(layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool) -> LayerResult:
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
     attended, seen = layer.attention(layer.norm_attention(x), mask, statistics)
     x = x + layer.dropout(attended)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..attention.ops import IMPLEMENTATION
 from ..attention.registration import gradient, library, operator
 from ..common.errors import require
-from .encoder import Encoder, Layer, LayerStatistics, Parts, SelfAttention
+from .encoder import Encoder, Layer, LayerResult, Parts, SelfAttention
 
 WIDTH, HIDDEN = 64, 128  # the sizes of all published models, which the kernel is written for
 MOST_ROWS = 1_700  # of a table that fits into a thread block's shared memory
@@ -74,7 +74,7 @@ def _embed(encoder: Encoder, tokens: Tensor, compiled: bool) -> Tensor:
     return embed(tokens, *tables, dropout, compiled=compiled and encoder.training)
 
 
-def _layer(layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool) -> tuple[Tensor, LayerStatistics | None]:
+def _layer(layer: Layer, x: Tensor, mask: Tensor | None, statistics: bool) -> LayerResult:
     """What a layer computes, with one operator before attention and one behind it."""
     attention, feed_forward = layer.attention, layer.feed_forward
     *qkv, x = before_attention(x, layer.norm_attention, (attention.query, attention.key, attention.value))

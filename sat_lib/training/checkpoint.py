@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..attention.layout import BlockLayout
-from ..common import files
+from ..common import distributed, files
 from ..common.errors import InputError, require
 from ..model.encoder import Encoder, ModelConfig
 from .recipe import Recipe, RunConfig
@@ -50,6 +51,23 @@ def load_model(path: Path, device: torch.device) -> Encoder:
         model.enter_sparse_phase([BlockLayout(grid, config.block) for grid in state["grids"]])
     model.load_state_dict(state["model"])
     return model.eval()
+
+
+def generator_states(device: torch.device) -> list[list[Tensor]]:
+    """Of each process the states of its random generators: the CPU's, and the GPU's where the device is one."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return distributed.gathered([torch.get_rng_state(), *cuda])
+
+
+def restore_generators(states: list[list[Tensor]], device: torch.device, seed: int) -> None:
+    """Go on with `generator_states`; another number of processes goes on with draws of its own, by the seed."""
+    if len(states) != distributed.size():
+        torch.manual_seed(seed + 1_000_003 * (distributed.rank() + 1))
+        return
+    cpu, *cuda = states[distributed.rank()]
+    torch.set_rng_state(cpu.cpu())
+    if device.type == "cuda" and cuda:
+        torch.cuda.set_rng_state(cuda[0].cpu(), device)
 
 
 def check_parts(state: dict, wanted: Iterable[str]) -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from ..attention.layout import BlockLayout
-from ..attention.patterns import generate_layout, nearness
+from ..attention.patterns import generate_layout
+from ..attention.static_patterns import nearness
 from ..common import distributed
 from ..datasets.batches import Examples
 from ..model.encoder import Encoder

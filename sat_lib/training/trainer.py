@@ -16,12 +16,12 @@ from ..datasets.cache import Split, Splits
 from ..model.encoder import Encoder
 from ..model.fused import fuse
 from ..model.sparsity import LOSS_WEIGHT, model_sparsity_loss
-from .checkpoint import check_parts, check_same_config
+from .checkpoint import check_parts, check_same_config, generator_states, restore_generators
 from .cuda_graph import Captured, Reading
-from .evaluation import MovingAverage, Score, evaluate
+from .evaluation import EvaluationRule, MovingAverage, Score, evaluate
 from .pattern import generate_layouts
 from .recipe import RunConfig
-from .transition import EvaluationRule, TransitionRule
+from .transition import TransitionRule
 
 STEPS = ("auto", "fast", "plain")
 
@@ -56,7 +56,7 @@ class Trainer:
         require(step in STEPS, f"step: wanted one of {STEPS}; got {step!r}")
         require(recipe.batch % processes == 0, f"batch: wanted a multiple of {processes} processes; got {recipe.batch}")
         torch.manual_seed(recipe.seed)
-        self.config, self.data, self.device = config, data, device
+        self.config, self.recipe, self.data, self.device = config, recipe, data, device
         self.model = Encoder(config.model).to(device)
         distributed.copy_first(self.model.state_dict().values())
         self.why_plain = self._fuse(step)  # None for a fast step
@@ -81,7 +81,7 @@ class Trainer:
         if step == "auto" and self.device.type != "cuda":
             return f"on a {self.device.type.upper()}"
         try:
-            require(self.config.recipe.precision == "bf16", "precision: the fast step is for bf16. Take the plain step")
+            require(self.recipe.precision == "bf16", "precision: the fast step is for bf16. Take the plain step")
             fuse(self.model, compiled=self.device.type == "cuda")
         except InputError as error:
             if step == "fast":
@@ -102,9 +102,8 @@ class Trainer:
 
     def _new_average(self) -> None:
         """Begin the average anew. SAT's dense phase, whose evaluations the rules look at, has none."""
-        steps, self.average = self.config.recipe.average, None
-        if steps is not None and not self.learning:
-            self.average = MovingAverage(self.model, steps)
+        averaged = self.recipe.average is not None and not self.learning
+        self.average = MovingAverage(self.model, self.recipe.average) if averaged else None
 
     @property
     def evaluated(self) -> Encoder:
@@ -118,15 +117,14 @@ class Trainer:
 
     def _new_optimiser(self, rate: float, scheduled: bool) -> None:
         """A fresh AdamW, with the published OneCycle schedule or at a constant rate."""
-        recipe = self.config.recipe
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        steps, trained = self.recipe.steps, [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimiser = torch.optim.AdamW(
             trained, lr=rate, betas=(0.9, 0.999), eps=1e-6, weight_decay=0, fused=self.device.type == "cuda"
         )
         self.schedule = None
         if scheduled:
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimiser, rate, recipe.steps, pct_start=recipe.warm_up / recipe.steps, anneal_strategy="linear"
+                self.optimiser, rate, steps, pct_start=self.recipe.warm_up / steps, anneal_strategy="linear"
             )
 
     @property
@@ -165,14 +163,13 @@ class Trainer:
         return record
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        recipe = self.config.recipe
-        indices = batch_indices(len(self.examples), recipe.batch, self.step, recipe.seed)
+        indices = batch_indices(len(self.examples), self.recipe.batch, self.step, self.recipe.seed)
         return self.examples.batch(distributed.share(indices))
 
     def _backward(self, tokens: Tensor, labels: Tensor) -> Gradients:
         """Leave the clipped gradients of the loss in the parameters: means over the processes, as what is returned."""
         self.optimiser.zero_grad(set_to_none=True)
-        with self.config.recipe.autocast(self.device):
+        with self.recipe.autocast(self.device):
             output = self.model(tokens, statistics=self.learning)
             loss = F.cross_entropy(output.logits.float(), labels)
         if not self.learning:
@@ -186,21 +183,15 @@ class Trainer:
         return Gradients(self._share_gradients(loss), sparsity_loss.detach(), means[: len(maps)])
 
     def _share_gradients(self, loss: Tensor) -> Tensor:
-        """Put the mean over the processes in place of each gradient, clip it, and return that of the loss.
-
-        All in one tensor at the end of the backward pass, 0.6 MB for CIFAR-10, instead of DistributedDataParallel's
-        buckets during it: there is little to hide, and it goes into the graph. (The dense phase's maps are 8.4 MB.)
-        """
+        """Put the mean over the processes in place of each gradient, clip it, and return that of the loss."""
         trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        mean_loss, *means = distributed.mean([loss.detach(), *(parameter.grad for parameter in trained)])
-        for parameter, mean in zip(trained, means, strict=True):
-            parameter.grad = mean
+        mean_loss = distributed.mean_gradients(trained, loss)
         nn.utils.clip_grad_value_(trained, 1.0)
         return mean_loss
 
     def _update(self) -> None:
         self.optimiser.step()
-        if self.schedule is not None and self.step + 1 < self.config.recipe.steps:
+        if self.schedule is not None and self.step + 1 < self.recipe.steps:
             self.schedule.step()
         if self.average is not None:
             self.average.update()
@@ -211,18 +202,14 @@ class Trainer:
         stable, tests = self.rule.judge(measured)
         if self._should_switch(stable):
             self.enter_sparse_phase(mean_maps)
-        return {
-            "skewness": [test.skewness for test in tests],
-            "distance": [test.distance for test in tests],
-            "change_percent": [test.change_percent for test in tests],
-        }
+        told = ("skewness", "distance", "change_percent")
+        return {name: [getattr(test, name) for test in tests] for name in told}
 
     def _should_switch(self, stable: bool) -> bool:
         """Whether the dense phase ends with this step: where it is forced to, or by the rule."""
-        recipe = self.config.recipe
-        if recipe.switch_at is not None:
-            return self.step >= recipe.switch_at
-        return stable if recipe.switch_rule == "stable" else self.evaluation_rule.fired
+        if self.recipe.switch_at is not None:
+            return self.step >= self.recipe.switch_at
+        return stable if self.recipe.switch_rule == "stable" else self.evaluation_rule.fired
 
     def _pool(self, mean_maps: Sequence[Tensor]) -> Tensor:
         return torch.stack([pool_blocks(mean_map, self.config.model.block).float().cpu() for mean_map in mean_maps])
@@ -233,12 +220,12 @@ class Trainer:
             self.evaluation_rule.note_evaluation(loss)
 
     def _refresh_is_due(self) -> bool:
-        every = self.config.recipe.pattern_refresh
+        every = self.recipe.pattern_refresh
         sparse = self.phase == "sparse" and every is not None
-        return sparse and (self.step - self.transition_step) % every == 0 and self.step + 1 < self.config.recipe.steps
+        return sparse and (self.step - self.transition_step) % every == 0 and self.step + 1 < self.recipe.steps
 
     def _refresh_layouts(self) -> None:
-        _, layouts = generate_layouts(self.model, self.config.recipe, self.examples, self.step)
+        _, layouts = generate_layouts(self.model, self.recipe, self.examples, self.step)
         for model in {self.model, self.evaluated}:
             model.enter_sparse_phase(layouts)
         self._new_phase()
@@ -250,35 +237,32 @@ class Trainer:
         Keeps in `maps` on the CPU: "transition" (the pooled maps now, (layers, N, N)), "scores" (R~, or those of
         another pattern), "kept" (the block grids, by head where heads have their own).
         """
-        recipe = self.config.recipe
-        scores, layouts = generate_layouts(self.model, recipe, self.examples, self.step)
+        scores, layouts = generate_layouts(self.model, self.recipe, self.examples, self.step)
         self.maps["transition"] = self._pool(mean_maps)
         self.maps["scores"] = scores.float().cpu()
         self.maps["kept"] = torch.stack([layout.grid for layout in layouts]).cpu()
         self.transition_step = self.step
-        self.rule = TransitionRule(recipe.theta, recipe.delta)  # done; its maps needn't go into every checkpoint
+        self.rule = TransitionRule(self.rule.theta, self.rule.delta)  # its maps needn't go into every checkpoint
         before = self.schedule.state_dict()
         self._start_sparse_phase(layouts)
-        if self.schedule is not None and self.step + 1 < recipe.steps:
+        if self.schedule is not None and self.step + 1 < self.recipe.steps:
             self.schedule.load_state_dict(before | {"last_epoch": self.step})
             self.schedule.step()
 
     def _start_sparse_phase(self, layouts: list[BlockLayout]) -> None:
-        recipe = self.config.recipe
         self.model.enter_sparse_phase(layouts)
-        self._new_optimiser(recipe.rate * recipe.rate_after, scheduled=recipe.schedule_after == "continued")
+        rate, continued = self.recipe.rate * self.recipe.rate_after, self.recipe.schedule_after == "continued"
+        self._new_optimiser(rate, scheduled=continued)
         self._new_average()
         self._new_phase()
 
     def evaluate(self, split: Split) -> Score:
         """Score of the model as it is, or of its moving average, on a split: see `evaluation.evaluate`."""
-        return evaluate(self.evaluated, self._on_device(split), self.config.recipe)
+        return evaluate(self.evaluated, self._on_device(split), self.recipe)
 
     def state_dict(self) -> dict:
-        """All that a run needs to go on as if it had never stopped; loads with torch.load(weights_only=True).
-
-        All processes have to call it.
-        """
+        """All that a run needs to go on as if it had never stopped; for torch.load(weights_only=True). All processes
+        have to call it."""
         layouts = self.model.layouts
         return {
             "config": self.config.as_dict(),
@@ -286,7 +270,7 @@ class Trainer:
             "transition_step": self.transition_step,
             "grids": None if layouts is None else [layout.grid for layout in layouts],
             "maps": self.maps,
-            "rng": distributed.gathered(self._rng()),
+            "rng": generator_states(self.device),
             **{name: None if part is None else part.state_dict() for name, part in self._parts().items()},
         }
 
@@ -294,11 +278,6 @@ class Trainer:
         """What keeps a state of its own; None where the phase or the recipe has none."""
         names = ("model", "average", "optimiser", "schedule", "rule", "evaluation_rule")
         return {name: getattr(self, name) for name in names}
-
-    def _rng(self) -> list[Tensor]:
-        """States of this process's generators."""
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict` of a run of the same configuration.
@@ -319,14 +298,4 @@ class Trainer:
         for name, part in self._parts().items():
             if part is not None:
                 part.load_state_dict(state[name])
-        self._load_rng(state["rng"])
-
-    def _load_rng(self, states: list[list[Tensor]]) -> None:
-        """The processes' generators as they were; another number of processes goes on with draws of its own."""
-        if len(states) != distributed.size():
-            torch.manual_seed(self.config.recipe.seed + 1_000_003 * (distributed.rank() + 1) + self.step)
-            return
-        cpu, *cuda = states[distributed.rank()]
-        torch.set_rng_state(cpu.cpu())
-        if self.device.type == "cuda" and cuda:
-            torch.cuda.set_rng_state(cuda[0].cpu(), self.device)
+        restore_generators(state["rng"], self.device, self.recipe.seed + self.step)

@@ -1,4 +1,4 @@
-"""When to leave the dense phase: by skewness and stability of every layer's mean attention map, or by evaluations."""
+"""When to leave the dense phase, as published: by skewness and stability of every layer's mean attention map."""
 
 import math
 from collections.abc import Sequence
@@ -96,40 +96,3 @@ class TransitionRule:
 
     def load_state_dict(self, state: dict) -> None:
         self.maps, self.distances = state["maps"], list(state["distances"])
-
-
-@dataclass
-class EvaluationRule:
-    """A rule that looks at the losses instead of the maps, and has no threshold.
-
-    "overfit": the dev loss is above that of the evaluation before. "gap": it is above the mean training loss of the
-    steps since that evaluation, or since the start. `fired` stays true. With "stable", which is judged by the maps
-    (`TransitionRule`), it never becomes so.
-    """
-
-    name: str
-    fired: bool = False
-    dev_loss: float | None = None  # of the last evaluation
-    losses: Tensor | None = field(default=None, repr=False)  # sum of the training losses since then, and their number
-
-    def note_step(self, loss: Tensor) -> None:
-        """Take a step's training loss, a tensor without axes. Nothing waits for the GPU."""
-        if self.name == "gap":
-            step = torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
-            self.losses = step if self.losses is None else self.losses + step
-
-    def note_evaluation(self, dev_loss: float) -> None:
-        """Take an evaluation on the dev split."""
-        before = self.dev_loss
-        if self.name == "gap":
-            total, steps = (0.0, 0) if self.losses is None else self.losses.tolist()
-            before, self.losses = total / steps if steps else None, None
-        self.fired = self.fired or (self.name in ("overfit", "gap") and before is not None and dev_loss > before)
-        self.dev_loss = dev_loss
-
-    def state_dict(self) -> dict:
-        """What a resumed run needs."""
-        return {"fired": self.fired, "dev_loss": self.dev_loss, "losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.fired, self.dev_loss, self.losses = state["fired"], state["dev_loss"], state["losses"]

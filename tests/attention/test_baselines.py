@@ -6,7 +6,7 @@ from definitions import MASKS
 
 from sat_lib.attention import get_attention
 from sat_lib.attention.baselines import IMPLEMENTATIONS
-from sat_lib.attention.patterns import bigbird_layout
+from sat_lib.attention.static_patterns import bigbird_layout
 from sat_lib.common.errors import InputError
 
 PAIRS = [  # at L = 1024, per head

@@ -5,9 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sat_lib.attention.patterns import (
-    BUDGETS,
-    generate_layout,
+from sat_lib.attention.patterns import BUDGETS, generate_layout
+from sat_lib.attention.static_patterns import (
     global_window_layout,
     nearness,
     random_layout,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lib.attention.baselines import IMPLEMENTATIONS
-from sat_lib.attention.patterns import random_layout
+from sat_lib.attention.static_patterns import random_layout
 from sat_lib.attention.statistics import attention_statistics, sparse_statistics
 from sat_lib.common.errors import InputError
 from sat_lib.model.encoder import Encoder, ModelConfig

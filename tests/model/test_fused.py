@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import tiny_splits
 from torch import nn
 
-from sat_lib.attention.patterns import random_layout
+from sat_lib.attention.static_patterns import random_layout
 from sat_lib.common.errors import InputError
 from sat_lib.datasets.cache import Split, Splits
 from sat_lib.datasets.tasks import task

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
-from sat_lib.attention.patterns import window_layout
+from sat_lib.attention.static_patterns import window_layout
 from sat_lib.attention.statistics import block_correlation
 from sat_lib.common.errors import InputError
 from sat_lib.model.encoder import Encoder, ModelConfig

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import tiny_config, tiny_splits
 
 from sat_lib.attention import ATTENTION
-from sat_lib.attention.patterns import generate_layout, nearness
+from sat_lib.attention.patterns import generate_layout
+from sat_lib.attention.static_patterns import nearness
 from sat_lib.attention.statistics import block_correlation
 from sat_lib.common.errors import InputError
 from sat_lib.datasets.batches import batch_indices

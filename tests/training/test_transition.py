@@ -6,7 +6,8 @@ import scipy.stats
 import torch
 
 from sat_lib.common.errors import InputError
-from sat_lib.training.transition import EvaluationRule, TransitionRule, distance, skewness
+from sat_lib.training.evaluation import EvaluationRule
+from sat_lib.training.transition import TransitionRule, distance, skewness
 
 
 @pytest.mark.parametrize("seed", range(3))
