@@ -67,14 +67,11 @@ def _forced_best(base: RunConfig) -> dict:
 
 @dataclass(frozen=True)
 class Variation:
-    """One thing changed: the group says what is, the value to what.
+    """One thing changed. A value in `recipe` may be a function of the run that the base is made from."""
 
-    A value in `recipe` may be a function of the run that the base is made from.
-    """
-
-    group: str
-    value: str | float
-    on: tuple[str, ...] = CIFAR  # tasks
+    group: str  # what is changed
+    value: str | float  # to what
+    on: tuple[str, ...] = CIFAR  # in which tasks
     model: dict = field(default_factory=dict)
     recipe: dict = field(default_factory=dict)
     start: str = "base"  # name in `STARTS`
@@ -97,7 +94,7 @@ _BY_ROW = {"pattern_budget": "rows"} | _PUBLISHED_NUMBER
 _OF_ATTENTION = {"sparsity_target": "attention"}
 _RELEASED = {"sparsity_init": "released"} | _OF_ATTENTION
 _NEAR, _RANDOM = {"pattern": "near"}, {"pattern": "random"}
-_OFTEN = {"pattern_refresh": lambda run: round(0.1 * run.recipe.steps)}
+_REFRESHED = {"pattern_refresh": lambda run: round(0.1 * run.recipe.steps)}
 _BY_THE_MAPS = {"switch_at": None, "switch_rule": "stable"}
 _CRITERIA = ("gradient", "taylor", "gate", "fisher", "value", "excess", "content")
 
@@ -117,8 +114,8 @@ VARIATIONS = [
     *(Variation("layout", f"{name}, balanced", recipe={"pattern": name}) for name in ("gradient", "gate")),
     Variation("layout", "attention, by row", SMOKE_TOO, recipe={"pattern": "attention"} | _BY_ROW),
     *(Variation("layout", f"{name}, by row", recipe={"pattern": name} | _BY_ROW) for name in _CRITERIA),
-    Variation("layout", "random, changing", recipe=_RANDOM | _OFTEN),
-    Variation("layout", "correlation, refreshed", recipe={"pattern": "correlation"} | _OFTEN),
+    Variation("layout", "random, changing", recipe=_RANDOM | _REFRESHED),
+    Variation("layout", "correlation, refreshed", recipe={"pattern": "correlation"} | _REFRESHED),
     # what else the model and the recipe are set to
     Variation("pruned", "zero", SMOKE_TOO, {"pruned": "zero"}),
     Variation("pruned", "released, zero", PAPER, _RELEASED | {"pruned": "zero"}, _LARGEST),
@@ -346,7 +343,7 @@ def diagnosis_cases(profile: str) -> list[dict]:
 
 
 def diagnose_run(case: dict, context: Context) -> dict:
-    """What R~ has learnt after so many steps, beside the map of the last of them: `columns`, with step, layer and the
+    """What R~ has learned after so many steps, beside the map of the last of them: `columns`, with step, layer and the
     names of `ablations.diagnose`."""
     config = case_config(case)
     trainer, lines = Trainer(config, load_data(config), context.device), []
@@ -363,7 +360,7 @@ def diagnose_run(case: dict, context: Context) -> dict:
 
 
 def diagnose(scores: Tensor, pooled: Tensor, density: float, width: int) -> dict[str, float]:
-    """What R~ has learnt of a pooled map, both (N, N), and what its largest entries would keep; W^P is (N, width).
+    """What R~ has learned of a pooled map, both (N, N), and what its largest entries would keep; W^P is (N, width).
 
     Returns:
         correlation: of all entries of R~ with those of the map. scale: mean of R~ / mean of the map. mass_kept: share

@@ -122,7 +122,7 @@ def _snapshots(folder: Path) -> dict[int, Path]:
     require(
         bool(best or kept),
         f"folder: wanted a run's, with step-*.pt or best-*.pt; {folder} has none. Train it with "
-        "runs.fit(..., snapshots=(0, 50, 100))",
+        "fit(..., snapshots=(0, 50, 100))",
     )
     return best | kept
 

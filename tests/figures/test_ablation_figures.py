@@ -40,7 +40,8 @@ def rows():
 
 
 def test_every_layout_has_a_kind():
-    kinds = {label: ablations.kind_of(label) for label in ablations_experiment.LAYOUTS}
+    layouts = [variation.value for variation in ablations_experiment.VARIATIONS if variation.group == "layout"]
+    kinds = {label: ablations.kind_of(label) for label in layouts}
     assert kinds["calibrated"] == kinds["correlation, largest"] == "learnt by W^P"
     assert kinds["near, own heads"] == kinds["diagonal"] == kinds["nearest"] == "by hand"
     assert kinds["random, balanced"] == kinds["random, changing"] == "at random"
