@@ -6,7 +6,6 @@ import scipy.stats
 import torch
 
 from sat_lib.common.errors import InputError
-from sat_lib.training.evaluation import EvaluationRule
 from sat_lib.training.transition import TransitionRule, distance, skewness
 
 
@@ -108,27 +107,3 @@ def test_another_number_of_layers_is_refused():
     rule.update([sparse_map(0)])
     with pytest.raises(InputError, match="maps of 1 layers; got 2"):
         rule.update([sparse_map(0), sparse_map(0)])
-
-
-@pytest.mark.parametrize(("name", "fires_at"), [("overfit", 2), ("gap", 1), ("stable", None)])
-def test_rules_on_evaluations_compare_the_dev_loss_with_the_one_before_or_with_training(name, fires_at):
-    """Training losses of three steps before each evaluation, and its dev loss."""
-    rule, fired = EvaluationRule(name), []
-    for losses, dev_loss in (((2.0, 1.8, 1.6), 1.7), ((1.6, 1.5, 1.4), 1.6), ((1.3, 1.2, 1.1), 1.65), ((0.9,), 0.1)):
-        for loss in losses:
-            rule.note_step(torch.tensor(loss))
-        rule.note_evaluation(dev_loss)
-        fired.append(rule.fired)
-        again = EvaluationRule(name)
-        again.load_state_dict(rule.state_dict())
-        rule = again
-    assert fired == [fires_at is not None and at >= fires_at for at in range(4)]
-
-
-def test_the_rule_gap_needs_steps_to_compare_with():
-    rule = EvaluationRule("gap")
-    rule.note_evaluation(5.0)
-    assert not rule.fired
-    rule.note_step(torch.tensor(1.0, dtype=torch.float32))
-    rule.note_evaluation(float("nan"))
-    assert not rule.fired
