@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import submitit
 import torch
 
 from sat_lib import datasets, experiments
@@ -20,6 +19,7 @@ from sat_lib.common.errors import InputError
 from sat_lib.experiments import row_files, sweep, training
 from sat_lib.experiments.sweep import Launch
 
+submitit = pytest.importorskip("submitit")
 LONG = 400  # steps of a run that is stopped on its way, three times before its end
 
 

@@ -1,7 +1,6 @@
 import io
 import json
 
-import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,11 +16,13 @@ from sat_lib.attention.statistics import mass_kept
 from sat_lib.common.errors import InputError
 from sat_lib.common.files import append_row
 from sat_lib.explorer import view as explore
-from sat_lib.explorer import widget
 from sat_lib.explorer.view import PretrainedSource, RunSource, State, view
 from sat_lib.figures import patterns
 from sat_lib.training import fit
 from sat_lib.training.checkpoint import load_model
+
+widgets = pytest.importorskip("ipywidgets")
+from sat_lib.explorer import widget  # noqa: E402, it wants ipywidgets
 
 CPU = torch.device("cpu")
 STEPS = (0, 4, 12)

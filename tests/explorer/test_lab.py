@@ -9,12 +9,12 @@ import time
 import urllib.error
 import urllib.request
 
-import nbformat
 import pytest
 from PIL import Image
 
 from sat_lib.common import files
 
+nbformat = pytest.importorskip("nbformat")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
