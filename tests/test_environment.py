@@ -19,6 +19,7 @@ BROWSER = PROJECT["optional-dependencies"]["browser"]
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "IPython": "jupyterlab"}
 DISTRIBUTIONS |= dict.fromkeys(("nbformat", "traitlets", "yaml"), "papermill")
 DISTRIBUTIONS |= dict.fromkeys(("huggingface_hub", "safetensors", "tokenizers"), "transformers")
+DISTRIBUTIONS["cloudpickle"] = "submitit"
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+
 from .errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # sat_lib
@@ -132,17 +134,31 @@ def lock(path: str | Path, purpose: str, *, wait: bool = False, quiet: bool = Fa
     Raises:
         InputError: another living process holds it, unless `wait` says to wait for that.
     """
-    import fcntl
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if not wait:
-                raise InputError(f"{purpose} is already running ({path} is locked). Wait for it or stop it") from error
-            if not quiet:
-                print(f"{purpose} is already running ({path} is locked): waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    system_lock, busy = _system_lock(path), f"{purpose} is already running ({path} is locked)"
+    try:
+        held = system_lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        if not wait:
+            raise InputError(f"{busy}. Wait for it or stop it") from error
+        if not quiet:
+            print(f"{busy}: waiting for it", flush=True)
+        held = system_lock.acquire()
+    with held:
         yield
+
+
+def locked(path: str | Path) -> bool:
+    """Whether a living process holds a lock."""
+    if not Path(path).exists():
+        return False
+    try:
+        with _system_lock(path).acquire(blocking=False):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def _system_lock(path: str | Path) -> filelock.FileLock:
+    return filelock.FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process

@@ -38,7 +38,7 @@ class Context:
 
 def append_once(path: Path, row: dict, there: Callable[[], bool]) -> None:
     """Append a row unless `there()`; processes that end at the same time do so one after another."""
-    with files.lock(path, f"writing {path}", wait=True, quiet=True):
+    with files.lock(path.with_name(f".{path.name}.lock"), f"writing {path}", wait=True, quiet=True):
         if not there():
             files.append_row(path, row)
 

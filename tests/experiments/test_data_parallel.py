@@ -11,7 +11,6 @@ from sat_lib.common import distributed
 from sat_lib.common.errors import InputError
 from sat_lib.experiments import row_files
 from sat_lib.experiments import training as training_experiment
-from sat_lib.experiments.sweep import Launch, sweep
 from sat_lib.figures import training as training_figures
 from sat_lib.figures.judge import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from sat_lib.training import recipe
@@ -167,5 +166,8 @@ def test_data_that_are_not_there_are_told_before_any_process_starts(monkeypatch,
 
 
 def test_a_sweep_refuses_what_starts_its_own_processes(tmp_path):
+    pytest.importorskip("submitit")
+    from sat_lib.experiments.sweep import Launch, sweep
+
     with pytest.raises(InputError, match=r"data_parallel starts processes of its own\. Use python -m sat_lib bench"):
         sweep("data_parallel", "smoke", Launch("debug"), device="cpu", root=tmp_path)

@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
+
+import cloudpickle
+import submitit
+
 from sat_lib import datasets, experiments
 from sat_lib.__main__ import main
 from sat_lib.common import files
@@ -19,8 +24,7 @@ from sat_lib.common.errors import InputError
 from sat_lib.experiments import row_files, sweep, training
 from sat_lib.experiments.sweep import Launch
 
-submitit = pytest.importorskip("submitit")
-LONG = 400  # steps of a run that is stopped on its way, three times before its end
+LONG = 36  # steps of a run that is stopped on its way, twice before its end
 
 
 def tiny_case(attention="sat", **changes) -> dict:
@@ -43,10 +47,10 @@ def cases(monkeypatch):
         monkeypatch.setitem(experiments.EXPERIMENTS, "accuracy", (lambda _profile: list(some), training.train))
 
     def too_long(*_):
-        raise TimeoutError("jobs that a second is enough for took two minutes")
+        raise TimeoutError("jobs that seconds are enough for took ten minutes")
 
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(120)
+    signal.alarm(600)
     yield choose
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -61,8 +65,10 @@ def stored(root, profile="paper") -> list[dict]:
     return files.read_rows(root / folder / "accuracy.jsonl")
 
 
-def jobs(root, profile="paper") -> list[dict]:
-    return files.read_rows(root / "runs" / profile / "sweep/jobs.jsonl")
+def jobs(root, profile="paper") -> list[str]:
+    """Numbers of the jobs that were started, in the order of time."""
+    pickles = (root / "runs" / profile / "sweep/logs").glob("*/*_submitted.pkl")
+    return [path.parent.name for path in sorted(pickles, key=lambda path: path.stat().st_mtime_ns)]
 
 
 def only_run(root) -> Path:
@@ -113,22 +119,51 @@ def processes_of(controller: int) -> list[int]:
     return found
 
 
+class HeldJob(sweep.Job):
+    """A job that waits behind its first checkpoint until the test lets it go on."""
+
+    def __call__(self):
+        from sat_lib import runs
+
+        save = runs._Run.save
+
+        def save_and_wait(run, bar):
+            save(run, bar)
+            while not (self.root / "go on").exists():
+                time.sleep(0.02)
+
+        runs._Run.save = save_and_wait
+        sweep.Job.__call__(self)
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """Have jobs wait behind their first checkpoints; calling this lets all go on."""
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    monkeypatch.setattr(sweep, "Job", HeldJob)
+    yield (tmp_path / "go on").touch
+    cloudpickle.unregister_pickle_by_value(module)
+
+
+def step_reached(root) -> int:
+    """The steps behind the newest checkpoint of the only run; 0 without one."""
+    paths = list((root / "runs/paper/training").glob("*/last.pt"))
+    return torch.load(paths[0])["trainer"]["step"] if paths else 0
+
+
 class Gone(Exception):
     """The command ended where nothing could clean up."""
 
 
-def test_the_same_command_goes_on_whatever_ended_the_last_one(tmp_path, cases, capsys, monkeypatch):
+def test_the_same_command_goes_on_whatever_ended_the_last_one(tmp_path, cases, capsys, held, monkeypatch):
     cases(tiny_case("dense", steps=LONG))
     look = sweep._Sweep._look
 
-    def saved_after(moment):
-        path = tmp_path / "runs/paper/training"
-        return any(file.stat().st_mtime > moment for file in path.glob("*/last.pt"))
-
-    def meanwhile(event):
-        """Run the command, with an event once its job has saved a checkpoint."""
-        begin = time.time()
-        monkeypatch.setattr(sweep._Sweep, "_look", lambda self: event() if saved_after(begin) else look(self))
+    def when_at(step, event):
+        """Run the command, with an event once its job waits behind the checkpoint of a step."""
+        at = lambda self: event() if step_reached(tmp_path) == step else look(self)
+        monkeypatch.setattr(sweep._Sweep, "_look", at)
         return run(tmp_path)
 
     def die():
@@ -138,33 +173,31 @@ def test_the_same_command_goes_on_whatever_ended_the_last_one(tmp_path, cases, c
         raise KeyboardInterrupt
 
     def kill():
-        controller = int(jobs(tmp_path)[-1]["job"])
+        controller = int(jobs(tmp_path)[-1])
         for process in [controller, *processes_of(controller)]:
             os.kill(process, signal.SIGKILL)
         monkeypatch.setattr(sweep._Sweep, "_look", look)
 
     with pytest.raises(Gone):
-        meanwhile(die)
+        when_at(6, die)
     first = jobs(tmp_path)
-    (process,) = processes_of(int(first[0]["job"]))
+    (process,) = processes_of(int(first[0]))
     capsys.readouterr()
 
-    assert meanwhile(interrupt) == 130
+    assert when_at(6, interrupt) == 130
     assert jobs(tmp_path) == first, "a job that lives was started again"
     assert "stopped, with the jobs on this machine; the same command goes on" in capsys.readouterr().out
-    given_up = time.monotonic() + 30  # on a busy machine it takes its time to end
-    while Path(f"/proc/{process}").exists() and time.monotonic() < given_up:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{process}").exists()
+    while Path(f"/proc/{process}").exists():  # on a busy machine it takes its time to end
+        time.sleep(0.05)
 
-    assert meanwhile(kill) == 1
+    assert when_at(12, kill) == 1
     assert re.search(r"killed, or ended without a result: .*\n    log: .*_0_log.err", capsys.readouterr().out)
     assert stored(tmp_path) == []
 
+    held()
     assert run(tmp_path) == 0
     assert [row["result"]["phase"] for row in stored(tmp_path)] == ["dense"]
-    first_step, second, third = started_at(tmp_path)
-    assert 0 == first_step < second < third
+    assert started_at(tmp_path) == [0, 6, 12]
     assert len(jobs(tmp_path)) == 3
 
 
@@ -221,8 +254,8 @@ def four_gpus(monkeypatch):
         def update_parameters(self, **parameters):
             seen.append(parameters)
 
-        def submit(self, _job):
-            seen[-1]["threads"] = os.environ.get("OMP_NUM_THREADS")
+        def submit(self, job):
+            seen[-1]["threads"], self.job = os.environ.get("OMP_NUM_THREADS"), job
             return self
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -233,27 +266,23 @@ def four_gpus(monkeypatch):
     return seen
 
 
-def test_local_jobs_have_gpus_of_their_own(four_gpus, tmp_path, monkeypatch):
-    launcher = sweep._Local("accuracy", Launch("local", processes=2), "cuda", tmp_path)
-    monkeypatch.setattr(sweep, "_lives_here", lambda record: record in living)
-    living = []
-    living += launcher.start(["a", "b", "c"])
-    assert [record["gpus"] for record in living] == [[4, 5], [6, 7]]
+def test_local_jobs_have_gpus_of_their_own(four_gpus, tmp_path):
+    launch = Launch("local", processes=2)
+    waiting = [sweep.Job(work, "accuracy", (), "paper", "cuda", launch, tmp_path, "") for work in "abc"]
+    living = [handle.job for handle in sweep._start_here(waiting, [])]
+    assert [(job.work, job.gpus) for job in living] == [("a", (4, 5)), ("b", (6, 7))]
     assert [parameters["visible_gpus"] for parameters in four_gpus] == [(4, 5), (6, 7)]
     assert {(p["gpus_per_node"], p["tasks_per_node"], p["threads"]) for p in four_gpus} == {(2, 2, "6")}
-    for record in living:
-        files.append_row(tmp_path / "jobs.jsonl", record)
-    assert launcher.start(["c"]) == []
-    del living[0]
-    assert [record["gpus"] for record in launcher.start(["c"])] == [[4, 5]]
+    assert list(sweep._start_here(waiting[2:], living)) == []
+    assert [handle.job.gpus for handle in sweep._start_here(waiting[2:], living[1:])] == [(4, 5)]
     with pytest.raises(InputError, match="no more than this machine's 4 GPUs; got 3 jobs of 2"):
-        sweep._Local("accuracy", Launch("local", processes=2, parallel=3), "cuda", tmp_path)
+        sweep._slots(Launch("local", processes=2, parallel=3), "cuda")
 
 
-def test_gpus_are_given_by_number(monkeypatch):
+def test_gpus_are_given_by_number(four_gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES: wanted numbers"):
-        sweep._visible_gpus()
+        sweep._slots(Launch("local"), "cuda")
 
 
 # ---- under SLURM -----------------------------------------------------------------------------------------------------
@@ -302,10 +331,12 @@ elif name == "srun":  # --unbuffered --output PATH --error PATH [--option=value]
     os.dup2(os.open(files[0], os.O_CREAT | os.O_APPEND | os.O_WRONLY), 1)
     os.dup2(os.open(files[1], os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
     os.execvp(command[0], command)
-elif name == "squeue":
+elif name == "sacct":
+    print("JobID|State|NodeList")
     for path in state.iterdir():
-        if not path.suffix and alive(path.read_text()):
-            print(path.name, "PENDING" if path.read_text() == "pending" else "RUNNING")
+        if not path.suffix:
+            living = "PENDING" if path.read_text() == "pending" else "RUNNING"
+            print(path.name, living if alive(path.read_text()) else "FAILED", "", sep="|")
 elif name == "scontrol" and arguments[0] == "requeue":
     job = arguments[1]
     start(job, state / (job.split("_")[0] + ".sh"))
@@ -322,10 +353,11 @@ def slurm(tmp_path, monkeypatch):
         (programs / name).write_text(FAKE_SLURM.format(python=sys.executable, state=str(state)))
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    submitit.SlurmJob.watcher.clear()  # it knows the jobs of the tests before
     return state
 
 
-def test_slurm_runs_an_array_and_a_preempted_job_is_requeued_and_goes_on(tmp_path, cases, slurm, monkeypatch):
+def test_slurm_runs_an_array_and_a_preempted_job_is_requeued_and_goes_on(tmp_path, cases, slurm, held, monkeypatch):
     cases(tiny_case("dense", steps=LONG), tiny_case("sat"))
     look, preempted = sweep._Sweep._look, []
 
@@ -334,6 +366,7 @@ def test_slurm_runs_an_array_and_a_preempted_job_is_requeued_and_goes_on(tmp_pat
             (process,) = processes_of(int((slurm / "7_0").read_text())) or [int((slurm / "7_0").read_text())]
             os.kill(process, signal.SIGUSR2)  # as SLURM does before it takes the machine away
             preempted.append(process)
+            held()
         look(self)
 
     monkeypatch.setattr(sweep._Sweep, "_look", preempt)
@@ -345,8 +378,7 @@ def test_slurm_runs_an_array_and_a_preempted_job_is_requeued_and_goes_on(tmp_pat
     assert {f"#SBATCH --{line}" for line in ("cpus-per-task=3", "mail-type=END", "ntasks-per-node=1")} <= script
     assert not [line for line in script if "gpus" in line], "--device cpu"
     assert len(stored(tmp_path)) == 2
-    first, second = started_at(tmp_path)
-    assert 0 == first < second
+    assert started_at(tmp_path) == [0, 6]
     assert {row["cluster"] for row in files.read_rows(tmp_path / "runs/paper/sweep/devices.jsonl")} == {"slurm"}
     assert run(tmp_path, launch) == 0
     assert not (slurm / "8.sh").exists(), "there was nothing to submit"
@@ -360,7 +392,7 @@ def test_what_waits_in_slurms_queue_is_not_submitted_again(tmp_path, cases, slur
     assert run(tmp_path, Launch(wait=False), only={"attention": "sat"}) == 0
     assert run(tmp_path, Launch(wait=False)) == 0
     assert run(tmp_path, Launch(wait=False)) == 0
-    assert [row["job"] for row in jobs(tmp_path)] == ["7", "8"]
+    assert jobs(tmp_path) == ["7", "8"]
     assert loaded == ["digits16"] * 3
     said = capsys.readouterr().out
     assert "accuracy: 1 pending, 0 running" in said and "accuracy: 2 pending, 0 running" in said
@@ -395,24 +427,30 @@ def test_arguments_of_slurm():
 
 
 @pytest.mark.parametrize(("inside", "partition"), [(False, "gpu"), (True, None)])
-def test_variables_of_slurm_are_settings_outside_of_a_job_and_a_jobs_own_inside(inside, partition, monkeypatch):
+def test_variables_of_slurm_are_settings_outside_of_a_job_and_a_jobs_own_inside(
+    inside, partition, cases, tmp_path, slurm, monkeypatch
+):
     for name, value in (("SLURM_CONF", "/etc/slurm.conf"), ("SBATCH_PARTITION", "gpu"), ("SLURM_NTASKS", "3")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_JOB_ID", "5") if inside else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    before = dict(os.environ)
-    with sweep._outside_of_jobs():
-        assert (os.environ.get("SLURM_CONF"), os.environ.get("SBATCH_PARTITION")) == ("/etc/slurm.conf", partition)
-        assert ("SLURM_NTASKS" in os.environ) == (not inside)
+    before, seen = dict(os.environ), {}
+    monkeypatch.setattr(submitit.AutoExecutor, "submit_array", lambda *_: seen.update(os.environ) or [])
+    cases(tiny_case("sat"))
+    assert run(tmp_path, Launch(wait=False)) == 0
+    assert (seen["SLURM_CONF"], seen.get("SBATCH_PARTITION")) == ("/etc/slurm.conf", partition)
+    assert ("SLURM_NTASKS" in seen) == (not inside)
     assert dict(os.environ) == before
 
 
-def test_a_queue_that_does_not_answer_is_said(monkeypatch, slurm):
-    (slurm.parent / "programs/squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
-    waits = []
-    monkeypatch.setattr(sweep.time, "sleep", waits.append)
-    with pytest.raises(InputError, match=r"squeue: SLURM doesn't say which jobs live \(no controller\)"):
-        sweep._slurm_queue()
-    assert len(waits) == sweep.SLURM_TRIES
+def test_slurm_that_does_not_tell_of_a_job_is_said(tmp_path, cases, slurm, monkeypatch):
+    monkeypatch.setenv("FAKE_SLURM_HOLD", "1")
+    cases(tiny_case("sat"))
+    assert run(tmp_path, Launch(wait=False)) == 0
+    submitit.SlurmJob.watcher.clear()
+    (slurm.parent / "programs/sacct").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+    with pytest.raises(InputError, match=r"sacct: SLURM doesn't say whether job 7 lives. .* delete .*logs/7$"):
+        run(tmp_path, Launch(wait=False))
+    assert jobs(tmp_path) == ["7"]
 
 
 # ---- what is refused, and rows ---------------------------------------------------------------------------------------
@@ -423,7 +461,7 @@ def test_a_queue_that_does_not_answer_is_said(monkeypatch, slurm):
     [
         (["speed", "--cluster", "local"], "experiment: wanted one of"),
         (["accuracy", "--cluster", "cloud"], "cluster: wanted one of ('slurm', 'local', 'debug'); got 'cloud'"),
-        (["accuracy"], "sbatch, srun, squeue, scontrol not found on PATH"),
+        (["accuracy"], "sbatch, srun, sacct, scontrol not found on PATH"),
         (["accuracy", "--processes", "0"], "processes: wanted 1 or more that train a model; got 0"),
         (["accuracy", "--parallel", "0"], "parallel: wanted 1 or more jobs at a time; got 0"),
         (["accuracy", "--cluster", "local", "--only", "task=mnist"], "only: no case of accuracy"),
