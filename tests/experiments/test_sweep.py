@@ -123,16 +123,16 @@ class HeldJob(sweep.Job):
     """A job that waits behind its first checkpoint until the test lets it go on."""
 
     def __call__(self):
-        from sat_lib import runs
+        from sat_lib.training import fit
 
-        save = runs._Run.save
+        save = fit._Run.save
 
         def save_and_wait(run, bar):
             save(run, bar)
             while not (self.root / "go on").exists():
                 time.sleep(0.02)
 
-        runs._Run.save = save_and_wait
+        fit._Run.save = save_and_wait
         sweep.Job.__call__(self)
 
 
