@@ -136,4 +136,4 @@ def keep(device: torch.device, config: RunConfig) -> str:
 
 def tell_and_sleep(_device: torch.device) -> None:
     os.write(1, f"rank {distributed.rank()} sleeps\n".encode())  # at once: two processes write to one pipe
-    time.sleep(120)
+    time.sleep(3600)

@@ -731,9 +731,8 @@ def test_killed_prepare_leaves_no_cache(tmp_path):
     program = f"from sat_lib import datasets; datasets.prepare('listops', {str(tmp_path)!r}, progress=False)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=files.ROOT)
     building = tmp_path / ".listops.building" / "train.tokens"
-    deadline = time.monotonic() + 30
     while not (building.exists() and building.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.01)
     with pytest.raises(InputError, match=r"preparing listops is already running"):
         datasets.load("listops", tmp_path)
