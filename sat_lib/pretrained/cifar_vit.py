@@ -26,7 +26,7 @@ from ..datasets.batches import batch_indices, to_device
 from ..datasets.tasks import task
 from ..training.fit import load_checkpoint, save_checkpoint
 from .encoders import pixels
-from .finetune import Images, accuracy
+from .finetune import Images, accuracy, rate_schedule
 
 SIDE, PATCH = 32, 2  # pixels
 CHECKPOINT_SECONDS = 60
@@ -134,10 +134,13 @@ def _trained(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         first, seconds = state["step"], state["seconds"]
+    fall = lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+    schedule = rate_schedule(optimiser, settings.warm_up, fall, first)
     started = saved = time.monotonic()
     model.train()
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=not progress, mininterval=2.0):
-        loss = _train_step(model, optimiser, data.train, settings, step, steps, device)
+        loss = _train_step(model, optimiser, data.train, settings, step, device)
+        schedule.step()
         now = time.monotonic()
         if now - saved > CHECKPOINT_SECONDS or step == steps - 1:
             require(bool(loss.isfinite()), f"rate: the loss is {float(loss)} at step {step}. Lower the rate")
@@ -158,10 +161,7 @@ def _decayed(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def _train_step(model, optimiser, split, settings: Pretraining, step: int, steps: int, device) -> Tensor:
-    rate = settings.rate * min((step + 1) / settings.warm_up, (1 + math.cos(math.pi * step / steps)) / 2)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+def _train_step(model, optimiser, split, settings: Pretraining, step: int, device) -> Tensor:
     random = np.random.default_rng([settings.seed, step])
     tokens, labels = to_device(split, batch_indices(len(split), settings.batch, step, settings.seed), device)
     images = augment(pixels(tokens), settings.erased, random)

@@ -5,6 +5,7 @@ length.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from .. import datasets
 from ..attention.statistics import mass_kept
@@ -143,6 +145,19 @@ def accuracy(model: nn.Module, examples: Examples, batch: int, device: torch.dev
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
+def rate_schedule(
+    optimiser: torch.optim.Optimizer, warm_up: int, fall: Callable[[int], float], step: int = 0
+) -> LambdaLR:
+    """The optimiser's rate rises over `warm_up` steps, and is `fall(step)` of its highest once that is less.
+
+    Step 0 has a rate, and the fall counts from there: neither transformers nor torch has such a schedule by name.
+    `step` is the one to come, of an optimiser that is new or whose state is that of this step.
+    """
+    for group in optimiser.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimiser, lambda step: min((step + 1) / warm_up, fall(step)), last_epoch=step - 1)
+
+
 class FineTuner:
     """The state of one run, stepped by `train_step`."""
 
@@ -164,31 +179,25 @@ class FineTuner:
             chosen["switch_at"] = None if share is None else int(share * self.steps)
             example, _ = self.train.batch(np.arange(2), device)
             self.sat = SparseAttention(self.model, example, **chosen)
-        self._new_optimiser()
+        self._new_optimiser(settings.rate, first_step=0)
 
     @property
     def phase(self) -> str:
         """ "dense" or "sparse"."""
         return self.sat.phase if self.sat else "dense"
 
-    def _new_optimiser(self) -> None:
+    def _new_optimiser(self, rate: float, first_step: int) -> None:
         parameters = [*self.model.parameters(), *(self.sat.parameters() if self.sat else ())]
-        self.optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], weight_decay=0.01)
-
-    @property
-    def rate(self) -> float:
-        """Of the present step."""
-        warm_up = max(1, self.steps // 10)
-        share = min((self.step + 1) / warm_up, (self.steps - self.step) / max(1, self.steps - warm_up))
-        return self.settings.rate * max(share, 0.0) * (0.5 if self.phase == "sparse" else 1.0)
+        self.optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=rate, weight_decay=0.01)
+        steps, warm_up = self.steps, max(1, self.steps // 10)
+        fall = lambda step: max(0.0, steps - step) / max(1, steps - warm_up)
+        self.schedule = rate_schedule(self.optimiser, warm_up, fall, first_step)
 
     def train_step(self, batch: tuple[dict[str, Tensor], Tensor] | None = None) -> dict:
         """One optimiser step; `batch` None takes the step's own. Returns step, phase, loss (a tensor), and in SAT's
         dense phase skewness and change_percent of every layer."""
         inputs, labels = batch or self._batch()
         self.model.train()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate
         with self._autocast():
             logits = self.model(**inputs).logits.float()
         loss = F.cross_entropy(logits, labels)
@@ -197,9 +206,10 @@ class FineTuner:
         (loss + self.sat.loss() if self.sat else loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
+        self.schedule.step()
         if self.sat and self.sat.phase == "dense":
             if self.sat.step():
-                self._new_optimiser()
+                self._new_optimiser(self.settings.rate / 2, first_step=self.step + 1)
             record["skewness"] = [test.skewness for test in self.sat.tests]
             record["change_percent"] = [test.change_percent for test in self.sat.tests]
         self.step += 1

@@ -1,6 +1,7 @@
 """The small ViT's pretraining: pixels, augmentation, resuming, and what is written."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -77,18 +78,22 @@ def test_written_model_loads_and_scores_what_the_card_says(tmp_path):
 def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     pretrain(TINY, tmp_path / "one", tmp_path / "one-work", CPU, progress=False)
     monkeypatch.setattr(cifar_vit, "CHECKPOINT_SECONDS", 0)
-    step = cifar_vit._train_step
+    step, rates = cifar_vit._train_step, {}
+
+    def noted(*arguments):
+        rates[arguments[4]] = [group["lr"] for group in arguments[1].param_groups]
+        return step(*arguments)
 
     def interrupted(*arguments):
         if arguments[4] == 4:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return noted(*arguments)
 
     monkeypatch.setattr(cifar_vit, "_train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain(TINY, tmp_path / "two", tmp_path / "two-work", CPU, progress=False)
     assert not (tmp_path / "two").exists()
-    monkeypatch.setattr(cifar_vit, "_train_step", step)
+    monkeypatch.setattr(cifar_vit, "_train_step", noted)
     with pytest.raises(InputError, match=r"settings: .* holds a run with"):
         pretrain(
             Pretraining(**{**vars(TINY), "rate": 0.1}), tmp_path / "two", tmp_path / "two-work", CPU, progress=False
@@ -96,6 +101,9 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, monkeypatch):
     pretrain(TINY, tmp_path / "two", tmp_path / "two-work", CPU, progress=False)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+    steps, warm_up = len(rates), TINY.warm_up
+    wanted = [TINY.rate * min((k + 1) / warm_up, (1 + math.cos(math.pi * k / steps)) / 2) for k in range(steps)]
+    assert [rates[k] for k in range(steps)] == [pytest.approx([rate] * 2, rel=1e-12, abs=0) for rate in wanted]
 
 
 @pytest.mark.parametrize(

@@ -89,17 +89,18 @@ def test_sat_run(settings, pattern):
 
 
 def test_switch_halves_the_rate_and_takes_a_fresh_optimiser():
-    tuner = FineTuner(changed(IMAGE, attention="sat", switch_share=0.3), CPU)
+    tuner = FineTuner(changed(IMAGE, epochs=6, attention="sat", switch_share=0.3), CPU)
     rates = []
     while tuner.step < tuner.steps:
         before = tuner.optimiser
-        rates.append(tuner.rate)
+        rates.append(before.param_groups[0]["lr"])
         tuner.train_step()
         assert (tuner.optimiser is before) == (tuner.step - 1 != tuner.sat.transition_step)
     warm_up, switched = max(1, tuner.steps // 10), tuner.sat.transition_step
-    falling = [(tuner.steps - step) / (tuner.steps - warm_up) * IMAGE.rate for step in range(tuner.steps)]
-    assert rates[warm_up : switched + 1] == pytest.approx(falling[warm_up : switched + 1])
-    assert rates[switched + 1 :] == pytest.approx([rate / 2 for rate in falling[switched + 1 :]])
+    shares = [min((step + 1) / warm_up, (tuner.steps - step) / (tuner.steps - warm_up)) for step in range(tuner.steps)]
+    wanted = [IMAGE.rate * share * (0.5 if step > switched else 1) for step, share in enumerate(shares)]
+    assert warm_up > 1 and 0 < switched < tuner.steps - 1
+    assert rates == pytest.approx(wanted, rel=1e-12, abs=0)
 
 
 def test_mass_kept_against_the_maps():
