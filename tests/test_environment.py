@@ -18,7 +18,7 @@ BROWSER = PROJECT["optional-dependencies"]["browser"]
 # Import names that differ from the distribution's, or come with another one that cannot do without them.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "IPython": "jupyterlab"}
 DISTRIBUTIONS |= dict.fromkeys(("nbformat", "traitlets", "yaml"), "papermill")
-DISTRIBUTIONS |= dict.fromkeys(("huggingface_hub", "safetensors", "tokenizers"), "transformers")
+DISTRIBUTIONS |= dict.fromkeys(("safetensors", "tokenizers"), "transformers")
 DISTRIBUTIONS["cloudpickle"] = "submitit"
 
 

