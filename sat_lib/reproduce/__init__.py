@@ -5,7 +5,8 @@
     runs/<profile>/logs/<stage>.log           what it printed
 
 torch, papermill and pandas are imported by the stages' own processes alone, so it takes a second to find that
-everything is up to date.
+everything is up to date. The state of a stage is written when it ends: doit, which could run the stages, writes all
+states when the command ends, and a kill would lose them.
 """
 
 import csv
