@@ -1,8 +1,9 @@
-"""The command line: python -m sat_lib data | train | sweep | pretrain | bench | reproduce."""
+"""The command line: python -m sat_lib demo | data | train | sweep | pretrain | bench | reproduce."""
 
 import argparse
 import ast
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from .common.errors import InputError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0, 1 (a stage failed), 2 (input to mend), 3 (training stopped)."""
     options = _parser().parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would take a busy CPU's cores
     try:
         return options.run(options)
     except (InputError, OSError) as error:
@@ -26,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
-    commands = parser.add_subparsers(required=True, metavar="data | train | sweep | pretrain | bench | reproduce")
+    names = "demo | data | train | sweep | pretrain | bench | reproduce"
+    commands = parser.add_subparsers(required=True, metavar=names)
+    _demo_options(commands.add_parser("demo", help="see SAT work in a minute: no GPU, no download"))
     _data_options(commands.add_parser("data", help="list the tasks, prepare a task's token cache"))
     _train_options(commands.add_parser("train", help="train one model, or go on where an earlier run stopped"))
     _sweep_options(commands.add_parser("sweep", help="measure an experiment in jobs: SLURM, or many at a time here"))
@@ -34,6 +38,27 @@ def _parser() -> argparse.ArgumentParser:
     _bench_options(commands.add_parser("bench", help="measure an experiment's rows and print them"))
     _reproduce_options(commands.add_parser("reproduce", help="run the notebooks; draw the figures"))
     return parser
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options) -> int:
+    print("SAT in about a minute, on the CPU. Loading PyTorch and making the data ...", flush=True)
+    try:
+        from . import datasets
+        from .experiments.demo import demo, demo_config
+
+        config = demo_config()
+        demo(config, datasets.load(config.recipe.task), files.ROOT / "runs" / "demo")
+    except KeyboardInterrupt:
+        print("\nstopped; the demo begins anew each time", file=sys.stderr)
+        return 130
+    return 0
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

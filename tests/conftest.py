@@ -1,6 +1,9 @@
 """Shared by all tests: a tiny task and the GPU marker."""
 
+import os
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would take a busy CPU's cores
 
 import numpy as np
 import pytest

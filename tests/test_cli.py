@@ -11,7 +11,7 @@ from sat_lib.figures import speed
 from sat_lib.reproduce import documents
 
 
-@pytest.mark.parametrize("command", [[], ["data"], ["train"], ["bench"], ["reproduce"]])
+@pytest.mark.parametrize("command", [[], ["data"], ["train"], ["bench"], ["reproduce"], ["demo"]])
 def test_help_of_every_command(command):
     ended = subprocess.run([sys.executable, "-m", "sat_lib", *command, "--help"], capture_output=True, text=True)
     assert ended.returncode == 0
