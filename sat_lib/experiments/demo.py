@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import datasets
 from ..attention.layout import BlockLayout
 from ..attention.ops import block_sparse_attention
-from ..attention.patterns import generate_layout, random_layout
+from ..attention.patterns import generate_layout
+from ..attention.static_patterns import random_layout
 from ..attention.statistics import mass_kept
 from ..common import files, timing
 from ..figures import training as training_figures

@@ -19,9 +19,9 @@ HISTORY_POINTS = 400  # of a training curve that go into its row
 
 
 SMOKE_RUN = {
-    "digits": {"steps": 400, "warm_up": 40, "eval_every": 100, "batch": 4, "rate": 0.006, "switch_at": 100},
-    "digits16": {"model": {"block": 16}, "steps": 300, "warm_up": 30, "eval_every": 50, "batch": 16, "rate": 0.006},
-    "docstrings": {"model": {"layers": 1}, "steps": 300, "warm_up": 30, "eval_every": 100, "batch": 8, "rate": 0.004},
+    "digits": {"steps": 200, "warm_up": 20, "eval_every": 100, "batch": 4, "rate": 0.006, "switch_at": 100},
+    "digits16": {"model": {"block": 16}, "steps": 200, "warm_up": 20, "eval_every": 50, "batch": 16, "rate": 0.006},
+    "docstrings": {"model": {"layers": 1}, "steps": 200, "warm_up": 20, "eval_every": 100, "batch": 8, "rate": 0.004},
 }
 
 SHORT_RUN = {"steps": 1_000, "eval_every": 50}  # of a text set, for what a user has of it: see experiments.short_cases

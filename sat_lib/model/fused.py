@@ -92,14 +92,14 @@ def _pool(encoder: Encoder, x: Tensor, real: Tensor, compiled: bool) -> Tensor:
 
 def _compilable(function):
     """`function` with a keyword `compiled`. Beyond MOST_SHAPES it raises; it never runs as it is without being told."""
-    fast = torch.compile(function, fullgraph=True, dynamic=False)
+    make = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=False))  # 2 s of imports, if wanted
 
     @functools.wraps(function)
     def call(*arguments, compiled: bool):
         if not compiled:
             return function(*arguments)
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=4 * MOST_SHAPES):
-            return fast(*arguments)
+            return make()(*arguments)
 
     return call
 
