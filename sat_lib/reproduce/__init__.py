@@ -131,7 +131,10 @@ STAGES = (
     ),
     Stage(
         "10_claims",
-        _outputs(("verdicts_figure",), ("verdicts", "verdicts_short", "smoke")),
+        _outputs(
+            ("verdicts_figure",),
+            ("verdicts", "verdicts_short", "reproduce", "verdict_counts", "findings", "attention_speed", "smoke"),
+        ),
         "Which of the paper's claims hold, by the committed rows: our gains and ratios beside the published ones.",
         0.5,
         reads=("data/results/*.jsonl",),

@@ -1,0 +1,82 @@
+"""The tables for a first look say what the other tables and the committed rows say."""
+
+import pandas as pd
+import pytest
+
+from made_rows import committed_rows
+
+from sat_lib import experiments, figures
+from sat_lib.common import files
+from sat_lib.figures import claims, overview
+from sat_lib.figures.judge import WORDS
+
+
+@pytest.fixture(scope="module")
+def frames() -> dict[str, pd.DataFrame]:
+    more = {name: experiments.rows(name, "paper", measure=False) for name in ("ablations", "best")}
+    return committed_rows() | more
+
+
+@pytest.fixture(scope="module")
+def verdicts(frames) -> pd.DataFrame:
+    return claims.verdict_table(frames)
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows(frames, verdicts):
+    tables = {
+        "findings": overview.findings(frames),
+        "attention_speed": overview.attention_speed(frames["kernels"]),
+        "verdict_counts": overview.verdict_counts(verdicts),
+        "reproduce": overview.claim_table(verdicts),
+    }
+    for name, table in tables.items():
+        assert figures.to_markdown(table) == (files.ROOT / f"figures/paper/{name}.md").read_text(), "run `make figures`"
+
+
+def test_findings_are_at_most_eight_and_name_their_notebooks(frames):
+    table = overview.findings(frames)
+    assert 1 <= len(table) <= 8 and not table["number"].str.contains("nan").any()
+    assert all((files.ROOT / "notebooks" / f"{name}.ipynb").exists() for name in table["notebook"])
+
+
+def test_findings_agree_with_the_verdicts(frames, verdicts):
+    """Both take differences of the same runs: these from rounded means, the verdicts from the rows."""
+    number = dict(overview.findings(frames)[["finding", "number"]].to_numpy())
+    ours = verdicts.set_index("claim")["ours"]
+    gain = ours["CIFAR-10: accuracy that SAT gains over dense attention"].split(" (")[0]
+    assert number["accuracy: SAT as published less dense attention, CIFAR-10"].startswith(gain)
+    why = verdicts.set_index("claim")["why"]
+    ahead = why["CIFAR-10: Longformer is the most accurate"].split("Longformer is at ")[1].split(" (")[0]
+    assert ahead in number["accuracy: LSG and Longformer less SAT as published, CIFAR-10"]
+    assert (
+        why["SAT also fine-tunes pretrained models"].count(
+            number["accuracy: MiniLM fine-tuned on MRPC, SAT at a density of 0.5 less dense"]
+        )
+        == 1
+    )
+
+
+def test_findings_without_rows_are_dashes(frames):
+    table = overview.findings({name: frame.iloc[:0] for name, frame in frames.items()} | {"accuracy": pd.DataFrame()})
+    assert len(table) == 8 and all("-" in number for number in table["number"])
+
+
+def test_a_difference_has_the_standard_error_of_its_means():
+    line = {"task": "a", "deviation": 3.0, "runs": 9}
+    table = pd.DataFrame([line | {"name": "x", "mean": 5}, line | {"name": "y", "mean": 2}])
+    assert overview.difference(table, {"name": "x"}, {"name": "y"}, task="a") == "+3.00 ± 1.41"
+    assert overview.difference(table.assign(deviation=None), {"name": "x"}, {"name": "y"}) == "+3.00"
+    assert overview.difference(table, {"name": "x"}, {"name": "z"}) == "-"
+
+
+def test_speed_is_of_the_shapes_that_were_asked_for(frames):
+    table = overview.attention_speed(frames["kernels"])
+    assert len(table) == len(overview.SHAPES)
+    slower = table["SDPA / SAT"].astype(float) < 1
+    assert list(table.loc[slower, "density"]) == ["100 %"], "where everything is kept, dense attention is faster"
+
+
+def test_every_claim_has_one_verdict(verdicts):
+    counts = overview.verdict_counts(verdicts)
+    assert counts["claims"].sum() == len(verdicts) == len(overview.claim_table(verdicts))
+    assert list(counts["verdict"]) == list(WORDS)
