@@ -48,12 +48,8 @@ def test_findings_agree_with_the_verdicts(frames, verdicts):
     why = verdicts.set_index("claim")["why"]
     ahead = why["CIFAR-10: Longformer is the most accurate"].split("Longformer is at ")[1].split(" (")[0]
     assert ahead in number["accuracy: LSG and Longformer less SAT as published, CIFAR-10"]
-    assert (
-        why["SAT also fine-tunes pretrained models"].count(
-            number["accuracy: MiniLM fine-tuned on MRPC, SAT at a density of 0.5 less dense"]
-        )
-        == 1
-    )
+    tuned = number["accuracy: MiniLM fine-tuned on MRPC, SAT at a density of 0.5 less dense"]
+    assert tuned in why["SAT also fine-tunes pretrained models"]
 
 
 def test_findings_without_rows_are_dashes(frames):
