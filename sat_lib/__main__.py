@@ -14,7 +14,7 @@ from .common.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0, 1 (a stage failed), 2 (input to mend), 3 (training stopped)."""
-    options = _parser().parse_args(arguments)
+    options = command_line().parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would take a busy CPU's cores
     try:
         return options.run(options)
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all sub-commands; each sets `run`, which takes the options and returns the exit status."""
     parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
     names = "demo | data | train | sweep | pretrain | bench | reproduce"
     commands = parser.add_subparsers(required=True, metavar=names)

@@ -43,7 +43,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         return
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
-    require(not missing, f"environment: WORLD_SIZE is set and {missing} are not. Start with torchrun, see README.md")
+    require(not missing, f"environment: WORLD_SIZE is set and {missing} are not. Start with torchrun, see REPRODUCE.md")
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         _check_room(local + 1, device)

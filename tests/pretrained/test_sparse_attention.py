@@ -1,10 +1,8 @@
 """SAT in encoders of transformers: equal to eager attention at full density, padding honoured, three phases."""
 
 import gc
-import re
 import weakref
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -404,10 +402,3 @@ def test_load_model_refuses():
         load_model("minilm", "sound", classes=2)
     with pytest.raises(InputError, match="classes: wanted 2 or more; got 1"):
         load_model("minilm", "text", classes=1)
-
-
-def test_the_example_in_the_readme(capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "SparseAttention" in code]
-    exec(example, {})
-    assert capsys.readouterr().out == "sparse after step 2: 32 of 64 blocks in each layer\n"
