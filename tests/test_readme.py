@@ -1,4 +1,4 @@
-"""README and REPRODUCE: their code runs, commands can be given, links lead to files, numbers are those of the tables."""
+"""README and REPRODUCE: code runs, commands can be given, links lead to files, numbers are those of the tables."""
 
 import json
 import re

@@ -17,9 +17,10 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per number of processes, batch and phase.
 
     Columns:
-        median_ms, low_ms, high_ms: of a step. examples_per_second: of all processes together. efficiency: that over
-        so many times what one process does at its largest batch, NaN without rows of one. share_ms: where there are
-        several, a step of one process that has only its share of the batch: what it would take if sharing cost nothing.
+        median_ms, low_ms, high_ms: of a step. examples_per_second: of all processes together. efficiency:
+        throughput / (processes x throughput of one at its largest batch), NaN without rows of one. share_ms: where
+        there are several, a step of one process that has only its share of the batch: what it would take if sharing
+        cost nothing.
     """
     rows = rows[rows["sweep"] == "step"]
     measures = ["median_ms", "low_ms", "high_ms", "examples_per_second"]
@@ -42,7 +43,7 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
 def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Throughput against the number of processes, by phase: one batch shared, or as large a one for each.
 
-    Beside a point stands its efficiency; the dotted lines are what one process does, so many times.
+    Beside a point stands its efficiency; the dotted lines are the throughput of one process times their number.
     """
     drawn = steps(rows)
     batch, numbers = (drawn["batch"] // drawn["processes"]).max(), sorted(set(drawn["processes"]))

@@ -91,8 +91,8 @@ STAGES = (
     _figure(
         "06_ablations",
         "Where the accuracy comes from: what W^P learns with the released and with a calibrated start, and the test "
-        "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. One "
-        "seed of small runs tells no layouts apart; at the paper's scale those that hold most attention are the least "
+        "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. With one "
+        "seed of small runs all layouts are within noise of each other; at the paper's scale those that hold most attention are the least "
         "accurate on CIFAR-10.",
         3,
         "06_ablations_table",
@@ -105,8 +105,8 @@ STAGES = (
     _figure(
         "07_scaling",
         "Time and peak memory over sequence length and density: dense attention grows with the square of the length, "
-        "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less). And how many "
-        "examples a second several processes train one model with.",
+        "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less). And the "
+        "throughput of several processes that train one model.",
         1,
         "07_data_parallel_table",
         "07_data_parallel_runs",
