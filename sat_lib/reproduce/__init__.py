@@ -91,9 +91,9 @@ STAGES = (
     _figure(
         "06_ablations",
         "Where the accuracy comes from: what W^P learns with the released and with a calibrated start, and the test "
-        "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. With one "
-        "seed of small runs all layouts are within noise of each other; at the paper's scale those that hold most attention are the least "
-        "accurate on CIFAR-10.",
+        "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. "
+        "With one seed of small runs all layouts are within noise of each other; at the paper's scale those that hold "
+        "most attention are the least accurate on CIFAR-10.",
         3,
         "06_ablations_table",
         "06_switch_table",
