@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-
 from made_rows import committed_rows
 
 from sat_lib import experiments, figures
