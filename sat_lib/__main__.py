@@ -26,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The parser of all sub-commands; each sets `run`, which takes the options and returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
     names = "demo | data | train | sweep | pretrain | bench | reproduce"
     commands = parser.add_subparsers(required=True, metavar=names)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from sat_lib import experiments
-from sat_lib.__main__ import command_line
+from sat_lib.__main__ import _parser
 from sat_lib.common import files
 from sat_lib.reproduce import documents
 
@@ -64,7 +64,7 @@ def test_every_command_can_be_given(name):
     assert len(given) >= 5
     for arguments in given:
         try:
-            options = vars(command_line().parse_args(arguments))
+            options = vars(_parser().parse_args(arguments))
         except SystemExit as end:
             assert end.code == 0, f"{name}: python -m sat_lib {shlex.join(arguments)} is refused"
         else:
