@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from .common import files
@@ -223,6 +224,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="smoke", help="smoke (default) or paper; paper rows go to data/results")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE", help="cases with these values alone")
+    parser.add_argument("--again", action="store_true", help="measure cases that have a row too: the new row counts")
     parser.set_defaults(run=_bench)
 
 
@@ -230,34 +232,13 @@ def _bench(options) -> int:
     from . import experiments
     from .common import distributed
     from .common.device import pick_device
-    from .experiments.row_files import table
 
     with distributed.joined(pick_device(options.device)) as device:
-        first, only = distributed.rank() == 0, _settings(options.only)
-        frame = experiments.rows(options.experiment, options.profile, device=str(device), only=only, report=first)
-        if not first:
-            return 0
-    if options.experiment == "kernels":
-        return _print_kernels(frame, options)
-    print(table(frame))
-    if options.experiment == "attention":
-        times = frame.set_index("kind")["forward_backward_ms"]
-        ratio = times["dense"] / times["sat"]
-        print(f"dense (SDPA) / block-sparse, forward + backward, medians of one run: {ratio:.2f}x")
-    return 0
-
-
-def _print_kernels(frame, options) -> int:
-    """The kernels' times beside their floors and their peers, the floors from the measured copy."""
-    from . import experiments
-    from .figures import speed
-
-    copy = experiments.rows("kernels", options.profile, device=options.device, only={"sweep": "copy"}, report=True)
-    bandwidth = copy["bandwidth_tb_s"][0]
-    lines = speed.kernel_summary(frame, bandwidth).dropna(axis=1, how="all")
-    print(lines.to_string(index=False, na_rep="-", float_format="%.3g"))
-    print(f"copy on {copy['device'][0]}: {bandwidth:.3g} TB/s, read and written; floors are bytes at that bandwidth")
-    print("sdpa, flex: how many times as long they take as this line, forward + backward; flex at its best block size")
+        first = distributed.rank() == 0
+        measured = partial(experiments.rows, options.experiment, options.profile, device=str(device), report=first)
+        rows = measured(only=_settings(options.only), again=options.again)
+        if first:
+            print(experiments.EXPERIMENTS[options.experiment].show(rows, measured))
     return 0
 
 

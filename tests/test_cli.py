@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import tiny_splits
@@ -51,11 +52,12 @@ def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, tm
 def small_shape(_profile):
     shape = {"batch": 1, "heads": 1, "head_size": 8, "block": 16, "density": 0.3, "dtype": "float32"}
     lengths = [{"sweep": "length", "length": n, **shape} for n in (32, 64)]
-    return [{**case, "implementation": name} for case in lengths for name in ("sdpa", "fused")]
+    return [{**case, "method": name} for case in lengths for name in ("sdpa", "fused")]
 
 
 def test_rows_are_measured_once_stored_and_drawn(tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.EXPERIMENTS, "kernels", (small_shape, experiments.EXPERIMENTS["kernels"][1]))
+    made = replace(experiments.EXPERIMENTS["kernels"], cases=small_shape)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "kernels", made)
     empty = experiments.rows("kernels", device="cpu", measure=False, root=tmp_path)
     assert (len(empty), empty.attrs["missing"]) == (0, 4)
     some = experiments.rows("kernels", device="cpu", only={"length": 32}, root=tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -76,9 +77,9 @@ def see(device: torch.device, folder: Path) -> list[dict]:
 
 def share(device: torch.device) -> list[int]:
     """How many examples each process has of a batch that is timed."""
-    case = {"task": "digits16", "kind": "sat, sparse phase", "attention": "sat", "implementation": "kernel"}
-    case |= {"model": {"layers": 1}, "batch": 6, "precision": "fp32", "step": "plain"}
-    _, (tokens, labels) = step_time._step_trainer(case, device)
+    kind = step_time.StepKind("sat", "kernel", "sparse", step_kind="plain", model={"layers": 1})
+    case = {"task": "digits16", "batch": 6, "precision": "fp32"} | asdict(kind)
+    _, (tokens, labels) = step_time.step_trainer(case, device)
     assert len(tokens) == len(labels)
     return distributed.gathered(len(labels))
 

@@ -254,14 +254,17 @@ def _before_transition(config: RunConfig, data: Splits, device: torch.device, ph
 # ---- what is told of layouts -----------------------------------------------------------------------------------------
 
 
-def layout_figures(maps: dict) -> dict[str, float]:
-    """Of the layouts at the transition, means over layers and heads; nothing where there was none.
+LAYOUT_FIGURES = ("mass_kept", "density", "diagonal", "distinct_columns", "empty_rows")
+
+
+def layout_figures(maps: dict) -> dict[str, float | None]:
+    """Of the layouts at the transition, means over layers and heads; None each where there was none.
 
     `mass_kept` of the map then, the mean over batch and heads, whatever head the layout is for; `density`; `diagonal`:
     share of the kept blocks; `distinct_columns`: share of the block columns that some row keeps; `empty_rows`.
     """
     if "kept" not in maps:
-        return {}
+        return dict.fromkeys(LAYOUT_FIGURES)
     pooled, kept = torch.tensor(maps["transition"]), torch.tensor(maps["kept"]).bool()
     heads = kept if kept.dim() == 4 else kept[:, None]
     layouts = [(layer, BlockLayout(grid, 1)) for layer, grids in enumerate(heads) for grid in grids]

@@ -1,10 +1,11 @@
 """Attention alone, timed: each operation, whole implementations beside their peers, and what the memory allows.
 
-A case of `kernels` is one measurement of one sweep; "fused" is `ops.block_sparse_attention`, "three operations" are
-`ops.sddmm`, `sparse_softmax` and `spmm`, "reference" is plain PyTorch. Peers: "materialised" and "sdpa" are dense,
-"flex N" is torch's flex_attention on the layout coarsened to blocks of N, "cusparse" PyTorch's CSR products, forward
-only. A case of `layer` is an operator of `fused`, or "copy", by which to divide its floor. Floors are the bytes of
-each operand read or written once. Nothing here reads or writes files.
+A case of `kernels` is one measurement of one sweep, and its method what is timed: "fused" is
+`ops.block_sparse_attention`, "three operations" are `ops.sddmm`, `sparse_softmax` and `spmm`, "reference" is plain
+PyTorch. Peers: "materialised" and "sdpa" are dense, "flex N" is torch's flex_attention on the layout coarsened to
+blocks of N, "cusparse" PyTorch's CSR products, forward only. The method of a case of `layer` is an operator of
+`model.fused`, or "copy", by which to divide its floor. Floors are the bytes of each operand read or written once.
+Nothing here reads or writes files.
 """
 
 import contextlib
@@ -26,6 +27,9 @@ from ..training.recipe import PAPER_TASKS, run_config
 
 OURS = ("fused", "three operations", "reference")
 FORWARD_ONLY = ("cusparse",)
+# What a row of one method has, None where it wasn't or couldn't be measured.
+TIMES = ("forward_ms", "forward_backward_ms", "low_ms", "high_ms", "peak_bytes", "operations", "floor_bytes_forward",
+         "floor_bytes_backward", "kept_blocks", "error")  # fmt: skip
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -34,21 +38,22 @@ FORWARD_ONLY = ("cusparse",)
 def _shape(profile: str, batch: int, **changes) -> dict:
     dtype = "float32" if profile == "smoke" else "bfloat16"
     shape = {"batch": batch, "heads": 2, "length": 1024, "head_size": 32, "block": 32, "density": 0.05, "dtype": dtype}
-    return shape | changes
+    return shape | {"tf32": None} | changes
 
 
 def attention_cases(profile: str) -> list[dict]:
     """The comparison that a CPU user can check at once: SDPA against block-sparse attention at 5 % density."""
-    return [{**_shape(profile, 16 if profile == "smoke" else 512), "kind": kind} for kind in ("dense", "sat")]
+    shape = _shape(profile, 16 if profile == "smoke" else 512)
+    return [{"method": method, **shape} for method in ("dense", "sat")]
 
 
 def kernel_cases(profile: str) -> list[dict]:
-    """The sweeps, the most important first. A float32 case says whether its products may be TF32."""
+    """The sweeps, the most important first. A float32 case of a GPU says whether its products may be TF32."""
     return _smoke_cases() if profile == "smoke" else _paper_cases()
 
 
-def _cases(sweep: str, implementations: tuple[str, ...], shape: dict) -> list[dict]:
-    return [{"sweep": sweep, "implementation": name, **shape} for name in implementations]
+def _cases(sweep: str, methods: tuple[str, ...], shape: dict) -> list[dict]:
+    return [{"sweep": sweep, "method": method, **shape} for method in methods]
 
 
 def _smoke_cases() -> list[dict]:
@@ -101,20 +106,20 @@ def block_layout(case: dict, device: torch.device) -> BlockLayout:
     return random_layout(blocks, blocks, case["density"], case["block"], seed=0).to(device)
 
 
-# ---- implementations -------------------------------------------------------------------------------------------------
+# ---- methods ---------------------------------------------------------------------------------------------------------
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, L, D) -> (B, H, L, D)
 
 
-def implementation(name: str, layout: BlockLayout, heads: int, length: int) -> Attention:
-    """The attention of that name under a layout; `heads` counts those of the whole batch, B * H.
+def attention_of(method: str, layout: BlockLayout, heads: int, length: int) -> Attention:
+    """The attention of a method under a layout; `heads` counts those of the whole batch, B * H.
 
     What can be prepared from the layout is prepared here, outside of what is timed. SAT's own take pruned="zero", the
     peers weigh the kept keys alone, as pruned="drop".
     """
-    if name.startswith("flex "):
-        return flex_on_blocks(layout, int(name.removeprefix("flex ")), length)
-    if name == "cusparse":
+    if method.startswith("flex "):
+        return flex_on_blocks(layout, int(method.removeprefix("flex ")), length)
+    if method == "cusparse":
         return csr_attention(layout, heads, length)
     return {
         "fused": partial(ops.block_sparse_attention, layout=layout),
@@ -122,7 +127,7 @@ def implementation(name: str, layout: BlockLayout, heads: int, length: int) -> A
         "reference": partial(reference.block_sparse_attention, layout=layout),
         "materialised": materialised_attention,
         "sdpa": F.scaled_dot_product_attention,
-    }[name]
+    }[method]
 
 
 def three_operations(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, pruned: str = "zero") -> Tensor:
@@ -203,7 +208,7 @@ def kernel_time(case: dict, device: torch.device) -> dict:
     """
     measurements = {"copy": copy_time, "operations": operation_times, "statistics": statistics_time}
     with _float32_products("tf32" if case.get("tf32") else "ieee"):
-        result = measurements.get(case["sweep"], implementation_time)(case, device)
+        result = measurements.get(case["sweep"], method_time)(case, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return result
@@ -268,28 +273,28 @@ def operation_times(case: dict, device: torch.device) -> dict:
 def statistics_time(case: dict, device: torch.device) -> dict:
     """Time of the dense phase's statistics of one layer."""
     q, k, _ = qkv(case, device, grad=False)
-    module = {"kernel": ops, "reference": statistics}[case["implementation"]]
+    module = {"kernel": ops, "reference": statistics}[case["method"]]
     call = partial(module.attention_statistics, q, k, case["block"])
-    return {"forward_ms": timing.time_calls(call, device, calls=_calls(device)).median_ms}
+    return dict.fromkeys(TIMES) | {"forward_ms": timing.time_calls(call, device, calls=_calls(device)).median_ms}
 
 
-def implementation_time(case: dict, device: torch.device) -> dict:
-    """Times and peak memory of one implementation; "error" in place of what a peer couldn't do.
+def method_time(case: dict, device: torch.device) -> dict:
+    """Times and peak memory of one method; "error" in place of what a peer couldn't do.
 
     Times are None where there is none: forward and backward of what has only a forward pass, and after an error.
     """
-    name, layout = case["implementation"], block_layout(case, device)
+    name, layout = case["method"], block_layout(case, device)
     used = coarsened(layout, int(name.removeprefix("flex "))) if name.startswith("flex ") else layout
     one = case["batch"] * case["heads"] * case["length"] * case["head_size"] * getattr(torch, case["dtype"]).itemsize
     result = {
-        **dict.fromkeys(("forward_ms", "forward_backward_ms", "low_ms", "high_ms", "peak_bytes")),
+        **dict.fromkeys(TIMES),
         "operations": attention_operations(case, None if name in ("materialised", "sdpa") else used),
         "floor_bytes_forward": 4 * one,  # q, k, v, out
         "floor_bytes_backward": None if name in FORWARD_ONLY else 8 * one,  # these, their gradients
         "kept_blocks": layout.kept_blocks,
     }
     try:
-        attend = implementation(name, layout, case["batch"] * case["heads"], case["length"])
+        attend = attention_of(name, layout, case["batch"] * case["heads"], case["length"])
         for measured in _attention_times(case, attend, device, backward=name not in FORWARD_ONLY):
             result |= measured
     except RuntimeError as error:  # of a peer: out of memory, or what inductor and cuSPARSE raise
@@ -301,10 +306,10 @@ def implementation_time(case: dict, device: torch.device) -> dict:
 
 def attention_time(case: dict, device: torch.device) -> dict:
     """Forward, and forward and backward, of attention alone; its peak memory and its counted operations."""
-    layout = block_layout(case, device) if case["kind"] == "sat" else None
-    name = {"sat": "fused", "dense": "sdpa"}[case["kind"]]
+    layout = block_layout(case, device) if case["method"] == "sat" else None
+    name = {"sat": "fused", "dense": "sdpa"}[case["method"]]
     result = {}
-    for measured in _attention_times(case, implementation(name, layout, 0, 0), device):
+    for measured in _attention_times(case, attention_of(name, layout, 0, 0), device):
         result |= measured
     return result | {"operations": attention_operations(case, layout)}
 
@@ -346,14 +351,14 @@ def attention_operations(case: dict, layout: BlockLayout | None) -> int:
 def layer_cases(profile: str) -> list[dict]:
     """The operators of the fast step at the main workload's number of tokens."""
     tokens = 2_048 if profile == "smoke" else 512 * 1024
-    return [{"operator": name, "tokens": tokens, "vocab": 256, "dropout": 0.1} for name in LAYER_OPERATORS]
+    return [{"method": name, "tokens": tokens, "vocab": 256, "dropout": 0.1} for name in LAYER_OPERATORS]
 
 
 def layer_time(case: dict, device: torch.device) -> dict:
     """Medians of the forward and the backward operator, with the bytes of their operands. None where there is none."""
     torch.manual_seed(0)
     x, grad = (torch.randn(case["tokens"], fused.WIDTH, device=device) for _ in range(2))
-    result, directions = {}, LAYER_OPERATORS[case["operator"]](x, grad, case)
+    result, directions = {}, LAYER_OPERATORS[case["method"]](x, grad, case)
     for name, (call, floor) in zip(("forward", "backward"), directions, strict=True):
         time = None if call is None else timing.time_calls(call, device, calls=_calls(device)).median_ms
         result |= {f"floor_bytes_{name}": floor, f"{name}_ms": time}

@@ -222,28 +222,27 @@ def pretrained_step_cases(profile: str) -> list[dict]:
     """A step of BERT base and ViT base at their usual lengths, by attention; two layers at the smoke profile."""
     smoke = profile == "smoke"
     shapes = [("bert-base", 128, 16)] + ([] if smoke else [("bert-base", 512, 32), ("vit-base", 197, 16)])
-    kinds = [(name, None) for name in STEP_ATTENTIONS[:-1]]
-    kinds += [(STEP_ATTENTIONS[-1], density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
+    kinds = [("eager", "dense", None), ("sdpa", "dense", None), ("sat", "dense", None)]
+    kinds += [("sat", "sparse", density) for density in ((0.25,) if smoke else (0.5, 0.25, 0.125))]
     sizes = {"batch": 4, "layers": 2} if smoke else {"batch": 64, "layers": 12}
     sizes["precision"] = "fp32" if smoke else "bf16"
     return [
-        {"architecture": architecture, "length": length, "block": block, "attention": name, "density": density, **sizes}
+        {"architecture": architecture, "length": length, "block": block}
+        | {"attention": attention, "phase": phase, "density": density, **sizes}
         for architecture, length, block in shapes
-        for name, density in kinds
+        for attention, phase, density in kinds
     ]
 
 
 # ---- the time of a step at the published sizes -----------------------------------------------------------------------
-
-STEP_ATTENTIONS = ("eager", "sdpa", "sat, dense phase", "sat, sparse phase")
 
 
 def pretrained_step(case: dict, device: torch.device) -> dict:
     """Time and peak memory of a training step of BERT base or ViT base, with random weights, inputs and layouts.
 
     Args:
-        case: architecture ("bert-base" or "vit-base"), layers, length, batch, precision, attention (one of
-            `STEP_ATTENTIONS`), and for the sparse phase density and block.
+        case: architecture ("bert-base" or "vit-base"), layers, length, batch, precision, attention ("eager", "sdpa" or
+            "sat"), phase, and for the sparse one density and block.
 
     The last tenth of the texts is padding. A step is forward, backward and AdamW; in SAT's dense phase the statistics
     and the transition test too.
@@ -252,9 +251,9 @@ def pretrained_step(case: dict, device: torch.device) -> dict:
     model = _architecture(case).to(device).train()
     inputs = _random_inputs(case, model, device)
     sat = None
-    if case["attention"].startswith("sat"):
+    if case["attention"] == "sat":
         sat = SparseAttention(model, inputs, block=case["block"], density=case["density"] or 1.0, theta=math.inf)
-        if case["attention"] == "sat, sparse phase":
+        if case["phase"] == "sparse":
             blocks = -(-sat.length // sat.block)
             layers = range(len(sat.sparsity))
             layouts = [random_layout(blocks, blocks, case["density"], sat.block, seed) for seed in layers]

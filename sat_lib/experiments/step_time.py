@@ -1,5 +1,6 @@
-"""Time and memory of whole training steps, by attention and implementation: notebook 04; and of several processes."""
+"""Time and memory of whole training steps, by attention and what computes it: notebook 04; and of several processes."""
 
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -17,49 +18,57 @@ from .row_files import Context
 
 # ---- whole training steps: notebook 04 -------------------------------------------------------------------------------
 
-# What is timed -> attention, its implementation, changes of the model. "sat" is timed in either phase, "sat, best" is
-# the sparse one of that preset. "plain" kinds take PyTorch's modules one by one, as the layers of transformers do,
-# which the fast step isn't made for.
-STEP_KINDS = {
-    "sat, sparse phase": ("sat", "kernel", {}),
-    "sat, dense phase": ("sat", "kernel", {}),
-    "sat, best": ("sat", "kernel", BEST_MODEL),  # a changed model, which no published time is of
-    "dense": ("dense", "sdpa", {}),
-    "longformer, kernel": ("longformer", "kernel", {}),
-    "longformer, library": ("longformer", "library", {}),
-    "longformer D = 2, kernel": ("longformer", "kernel", {"dilation": 2}),
-    "longformer D = 2, library": ("longformer", "library", {"dilation": 2}),
-    "bigbird, kernel": ("bigbird", "kernel", {}),
-    "bigbird, library": ("bigbird", "library", {}),
-    "lsg, kernel": ("lsg", "kernel", {}),
-    "lsg, library": ("lsg", "library", {}),
-    "sat, sparse phase, plain": ("sat", "kernel", {}),
-    "sat, dense phase, plain": ("sat", "kernel", {}),
-    "dense, plain": ("dense", "sdpa", {}),
-    "longformer, transformers": ("longformer", "transformers", {}),
-    "bigbird, transformers": ("bigbird", "transformers", {}),
-}
+
+@dataclass(frozen=True)
+class StepKind:
+    """What is timed.
+
+    Args:
+        compute: "kernel", SAT's; "library", gathers and products of our own; "transformers", the published layer; or
+            "sdpa", dense attention as it is.
+        phase: "sparse" is SAT's alone; all else is "dense".
+        step_kind: "plain" takes PyTorch's modules one by one, as the layers of transformers do, which the "fast" step
+            isn't made for.
+        preset, model: of the run, and what is changed of its model; no published time is of a changed one.
+    """
+
+    attention: str
+    compute: str
+    phase: str = "dense"
+    step_kind: str = "fast"
+    preset: str = "released"
+    model: dict = field(default_factory=dict)
+
+
+STEP_KINDS = (
+    StepKind("sat", "kernel", "sparse"),
+    StepKind("sat", "kernel"),
+    StepKind("sat", "kernel", "sparse", preset="best", model=BEST_MODEL),
+    StepKind("dense", "sdpa"),
+    StepKind("longformer", "kernel"),
+    StepKind("longformer", "library"),
+    StepKind("longformer", "kernel", model={"dilation": 2}),
+    StepKind("longformer", "library", model={"dilation": 2}),
+    StepKind("bigbird", "kernel"),
+    StepKind("bigbird", "library"),
+    StepKind("lsg", "kernel"),
+    StepKind("lsg", "library"),
+    StepKind("sat", "kernel", "sparse", step_kind="plain"),
+    StepKind("sat", "kernel", step_kind="plain"),
+    StepKind("dense", "sdpa", step_kind="plain"),
+    StepKind("longformer", "transformers", step_kind="plain"),
+    StepKind("bigbird", "transformers", step_kind="plain"),
+)
 
 
 def step_cases(profile: str) -> list[dict]:
-    """A step of every model and implementation, per task shape; one image and one text shape at the smoke profile."""
-    smoke = profile == "smoke"
-    return [
-        {
-            "task": name,
-            "kind": kind,
-            "attention": attention,
-            "implementation": implementation,
-            "model": model,
-            "batch": 4 if smoke else 512,
-            "precision": "fp32" if smoke else "bf16",
-            "step": "plain" if smoke or kind.endswith(("plain", "transformers")) else "fast",
-        }
-        | ({"preset": "best"} if kind == "sat, best" else {})
-        for name in (("cifar10", "agnews") if smoke else PAPER_TASKS)
-        for kind, (attention, implementation, model) in STEP_KINDS.items()
-        if not (smoke and kind.endswith("plain"))  # all are, there
-    ]
+    """A step of every kind, per task shape; at the smoke profile one image and one text shape, plain steps alone."""
+    kinds, tasks, sizes = STEP_KINDS, PAPER_TASKS, {"batch": 512, "precision": "bf16"}
+    if profile == "smoke":
+        fast = [kind for kind in STEP_KINDS if kind.step_kind == "fast" or kind.compute == "transformers"]
+        kinds = [replace(kind, step_kind="plain") for kind in fast]
+        tasks, sizes = ("cifar10", "agnews"), {"batch": 4, "precision": "fp32"}
+    return [{"task": name} | asdict(kind) | sizes for name in tasks for kind in kinds]
 
 
 def step_time(case: dict, context: Context) -> dict:
@@ -70,18 +79,18 @@ def step_time(case: dict, context: Context) -> dict:
     the second step, before a fast step is captured: a graph keeps what it needs, and allocates nothing any more.
     """
     device, on_cpu = context.device, context.device.type == "cpu"
-    trainer, batch = _step_trainer(case, device)
+    trainer, batch = step_trainer(case, device)
+    published = case["compute"] == "transformers"
     result = {"density": trainer.config.recipe.density, "parameters": trainer.model.parameter_count()}
-    if case["implementation"] == "transformers":
-        result["transformers"] = transformers_layers.transformers_version()
+    result["transformers"] = transformers_layers.transformers_version() if published else None
     step = partial(trainer.train_step, batch)
     try:
         step()
         memory = {"peak_bytes": timing.peak_bytes(step, device)}
         timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 4, calls=5 if on_cpu else 30)
-        return result | vars(timed) | memory
+        return result | vars(timed) | memory | {"error": None}
     except torch.OutOfMemoryError as error:
-        if case["implementation"] != "transformers":
+        if not published:
             raise
         none = dict.fromkeys(("median_ms", "low_ms", "high_ms", "calls", "peak_bytes"))
         return result | none | {"error": f"OutOfMemoryError: {error}".splitlines()[0]}
@@ -91,13 +100,13 @@ def step_time(case: dict, context: Context) -> dict:
             torch.cuda.empty_cache()
 
 
-def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor]]:
+def step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torch.Tensor, torch.Tensor]]:
     """A trainer in the phase to be timed, and its batch on the device: this process's share of the case's."""
-    ours = {"implementation": case["implementation"]} if case["implementation"] in IMPLEMENTATIONS else {}
+    ours = {"implementation": case["compute"]} if case["compute"] in IMPLEMENTATIONS else {}
     config = run_config(
         case["task"],
         case["attention"],
-        case.get("preset", "released"),
+        case["preset"],
         model=case["model"] | ours,
         batch=case["batch"],
         precision=case["precision"],
@@ -105,11 +114,11 @@ def _step_trainer(case: dict, device: torch.device) -> tuple[Trainer, tuple[torc
         switch_at=10**9,
     )
     data = _random_splits(case["task"], case["batch"])
-    trainer = Trainer(config, data, device, case["step"])
-    if case["implementation"] == "transformers":
+    trainer = Trainer(config, data, device, case["step_kind"])
+    if case["compute"] == "transformers":
         transformers_layers.use_transformers(trainer.model)
     batch = to_device(data.train, distributed.share(np.arange(case["batch"])), device)
-    if case["kind"].startswith("sat, sparse phase") or "preset" in case:
+    if case["phase"] == "sparse":
         trainer.train_step(batch)
         trainer.enter_sparse_phase(list(trainer.rule.maps))
     return trainer, batch
@@ -126,13 +135,13 @@ def _random_splits(name: str, examples: int) -> datasets.Splits:
     return datasets.Splits(chosen, split, split, split, "dev")
 
 
-def _throughput(case: dict, context: Context) -> dict:
+def throughput(case: dict, context: Context) -> dict:
     """Time of whole steps one after another in either phase, by the wall clock, on random tokens."""
     lengths = {"rounds": 3, "calls": 5} if context.device.type == "cpu" else {}
     result = {}
     for phase in ("dense", "sparse"):
-        kind = {"kind": f"sat, {phase} phase", "implementation": "kernel", "model": {}}
-        trainer, batch = _step_trainer(case | kind, context.device)
+        kind = StepKind(case["attention"], "kernel", phase, case["step_kind"])
+        trainer, batch = step_trainer(case | asdict(kind), context.device)
         timed = timing.time_rounds(partial(trainer.train_step, batch), context.device, **lengths)
         result |= {f"{phase}_{name}": value for name, value in vars(timed).items()}
         result[f"{phase}_examples_per_second"] = 1000 * case["batch"] / timed.median_ms

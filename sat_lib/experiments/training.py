@@ -13,7 +13,7 @@ from ..common import distributed, files
 from ..training.fit import fit
 from ..training.recipe import PAPER_TASKS, RunConfig, case_config
 from .row_files import Context
-from .step_time import _throughput
+from .step_time import throughput
 
 HISTORY_POINTS = 400  # of a training curve that go into its row
 
@@ -54,9 +54,9 @@ def train(case: dict, context: Context) -> dict:
     result = fit(config, data, folder, context.device)
     maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
-        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters")},
-        "seconds": result["seconds"],
-        **{name: result.get(name) for name in ("step", "processes", "by_process")},  # older runs don't tell
+        **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters", "seconds")},
+        "step_kind": result["step"],
+        **{name: result[name] for name in ("processes", "by_process")},
         "dense_best": result["best"].get("dense"),
         "sparse_best": result["best"].get("sparse"),
         "test_examples": result["best"][result["phase"]]["test_examples"],
@@ -82,6 +82,8 @@ def _thinned(metrics: list[dict]) -> list[dict]:
         (row for part in (evaluations, learning, others) for row in part[:: max(1, len(part) // HISTORY_POINTS)]),
         key=lambda row: row["step"],
     )
+
+
 # ---- training: notebooks 02 and 03 -----------------------------------------------------------------------------------
 
 
@@ -128,7 +130,7 @@ def data_parallel_cases(profile: str) -> list[dict]:
     smoke = profile == "smoke"
     name, batch, seeds, numbers = ("digits16", 16, 1, (1, 2)) if smoke else ("cifar10", 512, 3, (1, 2, 4))
     changes = {"steps": 60, "warm_up": 6, "eval_every": 20, "switch_at": 20} if smoke else {}
-    step = {"precision": "fp32", "step": "plain"} if smoke else {"precision": "bf16", "step": "fast"}
+    step = {"precision": "fp32", "step_kind": "plain"} if smoke else {"precision": "bf16", "step_kind": "fast"}
     same = {"task": name, "attention": "sat", **step}
     cases = []
     for processes in numbers:
@@ -151,4 +153,4 @@ def data_parallel(case: dict, context: Context) -> dict:
 
 def _as_one_of_several(device: torch.device, case: dict, context: Context) -> dict:
     context = replace(context, device=device)
-    return train(case, context) if case["sweep"] == "training" else _throughput(case, context)
+    return train(case, context) if case["sweep"] == "training" else throughput(case, context)

@@ -190,11 +190,13 @@ def measured_speed(path: Path = files.ROOT / "data/results/kernels.jsonl") -> Sp
     """
     times: dict[tuple, dict[str, dict[float, float]]] = {}
     for row in files.read_rows(path):
-        case, ms = row["case"], row["result"].get("forward_backward_ms")
-        if case.get("sweep") == "density" and case["implementation"] in ("fused", "sdpa") and ms is not None:
-            shape = {name: case[name] for name in ("batch", "heads", "length", "head_size", "block", "dtype")}
-            place = times.setdefault((row["stamp"]["device"], *shape.items()), {"fused": {}, "sdpa": {}})
-            place[case["implementation"]][case["density"]] = ms
+        case = row["case"]
+        if case["sweep"] != "density" or case["method"] not in ("fused", "sdpa"):
+            continue
+        shape = {name: case[name] for name in ("batch", "heads", "length", "head_size", "block", "dtype")}
+        place = times.setdefault((row["stamp"]["device"], *shape.items()), {"fused": {}, "sdpa": {}})
+        if (ms := row["result"]["forward_backward_ms"]) is not None:
+            place[case["method"]][case["density"]] = ms
     common = {place: sorted(ms["fused"].keys() & ms["sdpa"].keys()) for place, ms in times.items()}
     if not any(common.values()):
         return None

@@ -100,7 +100,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 def provenance(profile: str, rows: pd.DataFrame) -> dict:
     """Where rows come from: commits, devices, versions, seeds, dates, how many cases are missing, a digest of all."""
     several = {
-        name: sorted({str(value) for value in rows[name]})
+        name: sorted({str(value) for value in rows[name].dropna()})
         for name in ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed", "data_digest")
         if name in rows
     }

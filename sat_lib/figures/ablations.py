@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..training.recipe import best_recipe, case_config
+from ..training.recipe import best_recipe, config_from_dict
 from . import PAGE, PALETTE, new, style
 from .judge import gap
 from .published import task_name
@@ -74,7 +74,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     means = ["mass_kept", "density", "distinct_columns", "diagonal", "empty_rows", "transition_step", "step_ms"]
     lines = []
     for (task, group, value), part in rows.groupby(["task", "group", "value"], sort=False):
-        found = {name: part[name].astype(float).mean() for name in means if name in part}
+        found = {name: part[name].astype(float).mean() for name in means}
         deviation = part["percent"].std(ddof=1) if len(part) > 1 else np.nan
         lines.append(
             {"task": task, "group": group, "value": value, "runs": len(part), "percent": part["percent"].mean()}
@@ -356,7 +356,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
         means = of_task.groupby("method")["percent"].mean().sort_values(ascending=False)
         for method in means.index:
             part = of_task[of_task["method"] == method]
-            fast, gain = part.loc[part["step"] == "fast", "step_ms"], gap(ours, part["percent"])
+            fast, gain = part.loc[part["step_kind"] == "fast", "step_ms"], gap(ours, part["percent"])
             lines.append(
                 {
                     "task": task_name(task),
@@ -377,13 +377,13 @@ def methods(rows: pd.DataFrame) -> list[str]:
 
 
 def _method(row: pd.Series) -> str:
-    averaged = "average" in row["recipe"]
+    config = config_from_dict(row["resolved"])
+    recipe = config.recipe
     if row["attention"] != "sat":
-        return row["attention"] + (", averaged" if averaged else "")
-    if not averaged:
+        return row["attention"] + (", averaged" if recipe.average else "")
+    if not recipe.average:
         return "sat, base" if row["experiment"] == "best" else "sat, released"
-    config = case_config(row)
-    recipe, best, name = config.recipe, best_recipe(config), "sat, best"
+    best, name = best_recipe(config), "sat, best"
     if recipe.density != best["density"]:
         name += f", {recipe.density * config.model.blocks:.0f} a row"
     if recipe.switch_at != best.get("switch_at"):

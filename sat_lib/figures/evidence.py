@@ -1,6 +1,6 @@
 """What claims and their figure are made from: rows chosen and set beside each other. Nothing is judged here.
 
-`frames` are the rows of every experiment in `SOURCES`, by its name; one without rows is empty and has no columns.
+`frames` are the rows of every experiment in `SOURCES`, by its name; one without rows may have no columns either.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from ..datasets.tasks import task
 from ..training.recipe import PUBLISHED
 from . import training
 from .judge import WHOLE, Ratio, bench, time_ratio
-from .speed import OPERATIONS
+from .speed import OPERATIONS, step_labels
 
 SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "data_parallel", "motivation", "finetuning",
            "pretrained_step", "patterns")  # fmt: skip
@@ -36,28 +36,18 @@ def where(frame: pd.DataFrame, **equal) -> pd.DataFrame:
 
 
 def column(frame: pd.DataFrame, name: str) -> pd.Series:
-    """A column of numbers, NaN where none was measured."""
-    return frame[name].astype(float) if name in frame else pd.Series(np.nan, frame.index, float)
+    """A column of numbers, NaN where none was measured; a frame without rows needs no columns."""
+    return frame[name].astype(float) if len(frame) else pd.Series(dtype=float)
 
 
 def timed_steps(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of whole steps, with columns that say what was timed. Only here are the rows' own names taken apart.
-
-    Columns:
-        name: unique within a shape, such as "dense", "sat, dense phase", "bigbird, kernel" or "dense, plain".
-        phase: "dense" or "sparse" for SAT by the published method, else "". compute: what computes the attention:
-        "kernel", "library", "transformers", ... step_kind: "fast" or "plain".
-    """
-    if not len(rows):
-        return rows
-    name = rows["kind"] if "kind" in rows else rows["attention"]
-    phase = name.str.extract(r"^sat, (dense|sparse) phase", expand=False).fillna("")
-    return rows.assign(name=name, phase=phase, compute=rows.get("implementation"), step_kind=rows.get("step", ""))
+    """Rows of whole steps and, as `name`, what was timed, such as "sat, dense phase" or "bigbird, kernel"."""
+    return rows.assign(name=step_labels(rows)) if len(rows) else rows
 
 
 def kernel_rows(frames: Frames, sweep: str, **equal) -> pd.DataFrame:
     """Rows of a sweep of the experiment `kernels`; their column `method` says what was timed."""
-    return where(where(frames["kernels"], sweep=sweep).rename(columns={"implementation": "method"}), **equal)
+    return where(frames["kernels"], sweep=sweep, **equal)
 
 
 def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
@@ -145,7 +135,7 @@ def step_pairs(frames: Frames, name: str) -> dict[str, tuple[pd.Series, pd.Serie
     if not len(steps):
         return {}
     steps = steps[steps["median_ms"].notna()]
-    sat = {row["step_kind"]: row for _, row in where(steps, phase="sparse").iterrows()}
+    sat = {row["step_kind"]: row for _, row in where(steps, phase="sparse", preset="released").iterrows()}
     return {row["name"]: (row, sat[row["step_kind"]]) for _, row in steps.iterrows() if row["step_kind"] in sat}
 
 
@@ -186,9 +176,9 @@ def step_memory_ratios(frames: Frames) -> pd.DataFrame:
 
 def fine_tuning_ratios(frames: Frames) -> dict[str, list[Ratio]]:
     """Shape -> step time of fused dense attention over SAT's sparse phase, one for each density."""
-    steps, ratios = timed_steps(frames["pretrained_step"]), {}
+    steps, ratios = frames["pretrained_step"], {}
     for (name, length), part in steps.groupby(["architecture", "length"], sort=False) if len(steps) else ():
-        dense, sat = where(part, name="sdpa"), where(part, phase="sparse")
+        dense, sat = where(part, attention="sdpa"), where(part, phase="sparse")
         if len(dense) and len(sat):
             ratios[f"{name}, {length} tokens"] = [time_ratio(dense.iloc[-1], line) for _, line in sat.iterrows()]
     return ratios

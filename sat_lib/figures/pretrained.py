@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..attention.statistics import pool_blocks
 from . import PAGE, PALETTE, new
+from .speed import attention_label
 
 MODEL_NAMES = {"cifar-vit": "small ViT (CIFAR-10)", "minilm": "MiniLM"}
 MODEL_NAMES |= {"bert-base-uncased": "BERT base", "google/vit-base-patch16-224-in21k": "ViT base"}
@@ -135,7 +136,7 @@ LINES = {"learned": PALETTE["sat"], "pooled": PALETTE["bigbird"]}
 def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Test accuracy against density, a panel per model and data: each seed a mark, means joined; dense as a band."""
     names = ["model", "data", "attention", "pattern", "pruned", "density", "seed", "test_accuracy", "step_ms"]
-    drawn = rows.reindex(columns=[*names, "steps", "transition_step"])
+    drawn = rows[[*names, "steps", "transition_step"]].copy()
     drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
     parts = list(drawn.groupby(["model", "data"], sort=False))
     figure, axes = new(max(3.3, 3.5 * len(parts)), 2.6, 1, len(parts))
@@ -168,7 +169,6 @@ def finetuning_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and sample deviation over seeds, mass kept, and the time of a step against dense."""
     table = []
     keys = ["model", "data", "attention", "pattern", "pruned", "density"]
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *keys, "mass_kept"])))
     filled = rows.assign(
         **{name: rows[name].astype(object).where(rows["attention"] == "sat", "-") for name in keys[3:]}
     )
@@ -202,7 +202,7 @@ def pretrained_step_table(rows: pd.DataFrame) -> pd.DataFrame:
                 {
                     "architecture": architecture,
                     "length": length,
-                    "attention": row["attention"],
+                    "attention": attention_label(row["attention"], row["phase"]),
                     "density": density,
                     "step ms": f"{row['median_ms']:.3g}",
                     "time / sdpa": f"{row['median_ms'] / sdpa:.2f}",

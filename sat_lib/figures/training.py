@@ -92,22 +92,24 @@ def steps_table(rows: pd.DataFrame) -> pd.DataFrame:
 def runs_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per run by several processes, and whether all of them came to the same bits."""
     runs = rows[rows["sweep"] == "training"]
-    runs = runs.reindex(columns=["processes", "seed", "transition_step", "test_accuracy", "wall_seconds", "by_process"])
-    return pd.DataFrame(
-        {
-            "processes": runs["processes"].astype(int),
-            "seed": runs["seed"].astype(int),
-            "switched at step": ["-" if pd.isna(step) else f"{step:.0f}" for step in runs["transition_step"]],
-            "test %": [f"{100 * value:.2f}" for value in runs["test_accuracy"]],
-            "seconds": [f"{value:.0f}" for value in runs["wall_seconds"]],
-            "same step, layouts and weights in all": ["yes" if same else "no" for same in agree(runs)],
-        }
-    )
+    lines = [_run_line(run, same) for (_, run), same in zip(runs.iterrows(), agree(runs), strict=True)]
+    return pd.DataFrame(lines, columns=RUN_COLUMNS)
+
+
+RUN_COLUMNS = ["processes", "seed", "switched at step", "test %", "seconds", "same step, layouts and weights in all"]
+
+
+def _run_line(run: pd.Series, same: bool) -> dict:
+    at = "-" if pd.isna(run["transition_step"]) else f"{run['transition_step']:.0f}"
+    percent, seconds = f"{100 * run['test_accuracy']:.2f}", f"{run['wall_seconds']:.0f}"
+    values = (int(run["processes"]), int(run["seed"]), at, percent, seconds, "yes" if same else "no")
+    return dict(zip(RUN_COLUMNS, values, strict=True))
 
 
 def agree(runs: pd.DataFrame) -> list[bool]:
     """Of each run, whether all its processes had the same transition step, layouts and weights at the end."""
-    return [all(process == processes[0] for process in processes) for processes in runs.get("by_process", ())]
+    outcomes = runs["by_process"] if len(runs) else ()
+    return [all(process == processes[0] for process in processes) for processes in outcomes]
 
 
 # ---- 02: one run through the three phases ----------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def training(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1.35 * layers])
     _curves(above.subplots(1, 3), history, run["transition_step"])
     _maps(below.subplots(layers, 4, squeeze=False), maps)
-    drawn = history.explode(["skewness", "distance", "change_percent"]) if "skewness" in history else history
+    drawn = history.explode(["skewness", "distance", "change_percent"])
     return figure, drawn.reset_index(names="line")
 
 
@@ -228,7 +230,7 @@ def switch_span(rows: pd.DataFrame) -> str:
 
 def run_seconds(rows: pd.DataFrame) -> pd.Series:
     """Of whole training runs, fast ones where there are any: by the clock, evaluation and compilers included."""
-    fast = rows[rows["step"] == "fast"] if "step" in rows else rows.iloc[:0]
+    fast = rows[rows["step_kind"] == "fast"]
     rows = fast if len(fast) else rows
     steps = rows["seconds"].map(lambda phases: sum(phases.values()))
     return rows["wall_seconds"].astype(float).fillna(0).clip(lower=steps)  # a run that went on has many clocks

@@ -258,11 +258,8 @@ def fine_tune(settings: FineTuning, device: torch.device) -> dict:
         "skewness": [[round(value, 3) for value in record["skewness"]] for record in learning],
         "change_percent": [[_rounded(value) for value in record["change_percent"]] for record in learning],
         **tuner.provenance,
+        **_what_is_kept(tuner),
     }
-    if tuner.sat and tuner.sat.layouts:
-        result["kept"] = [layout.grid.int().tolist() for layout in tuner.sat.layouts]
-        result["density_kept"] = tuner.sat.layouts[0].density
-        result["mass_kept"] = _mass_kept(tuner)
     on_cpu = device.type == "cpu"
     step = partial(tuner.train_step, tuner.train.batch(np.arange(settings.batch), device))
     timed = timing.time_calls(step, device, warm_up=1 if on_cpu else 5, calls=3 if on_cpu else 30)
@@ -271,6 +268,15 @@ def fine_tune(settings: FineTuning, device: torch.device) -> dict:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 2)
+
+
+def _what_is_kept(tuner: FineTuner) -> dict:
+    """The layouts' blocks as 0 and 1, their density and the mass that they keep; None each without layouts."""
+    layouts = tuner.sat.layouts if tuner.sat else None
+    if not layouts:
+        return dict.fromkeys(("kept", "density_kept", "mass_kept"))
+    kept = [layout.grid.int().tolist() for layout in layouts]
+    return {"kept": kept, "density_kept": layouts[0].density, "mass_kept": _mass_kept(tuner)}
 
 
 def _mass_kept(tuner: FineTuner) -> list[float]:

@@ -140,8 +140,9 @@ def test_runs_by_several_have_folders_of_their_own(tmp_path):
 
 def test_what_wants_more_gpus_than_there_are_is_left_out_aloud(monkeypatch, tmp_path, capsys):
     measured = []
-    measure = (lambda profile: [{"processes": n} for n in (1, 2, 4)], lambda case, context: measured.append(case) or {})
-    monkeypatch.setitem(experiments.EXPERIMENTS, "data_parallel", measure)
+    cases = lambda profile: [{"processes": n} for n in (1, 2, 4)]
+    measure = lambda case, context: measured.append(case) or {}
+    monkeypatch.setitem(experiments.EXPERIMENTS, "data_parallel", row_files.Experiment(cases, measure))
     monkeypatch.setattr(distributed, "most_processes", lambda device: 2)
     frame = experiments.rows("data_parallel", device="cpu", root=tmp_path)
     assert [case["processes"] for case in measured] == [1, 2]

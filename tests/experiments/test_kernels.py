@@ -1,5 +1,7 @@
 """The benchmarks of kernels and of whole steps: what is timed is what is meant, and rows can be drawn and tabled."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from sat_lib.attention import reference
 from sat_lib.attention.layout import BlockLayout
 from sat_lib.common import files
 from sat_lib.experiments import kernels, row_files, step_time
+from sat_lib.experiments.kernel_summary import kernel_summary
 from sat_lib.figures import speed
 from sat_lib.training.recipe import run_config
 
@@ -18,6 +21,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 SHAPE = {"batch": 2, "heads": 2, "length": 256, "head_size": 16, "block": 32, "density": 0.2, "dtype": "float32"}
+SHAPE["tf32"] = None
 MAIN = {"sweep": "main", **SHAPE}
 
 
@@ -30,14 +34,14 @@ def coarse_layout() -> BlockLayout:
 @pytest.mark.parametrize("name", ["flex 32", "flex 64", "cusparse"])
 def test_block_sparse_peers_are_attention_over_the_kept_keys(name):
     layout, tensors = coarse_layout(), kernels.qkv(MAIN, CPU, grad=False)
-    attend = kernels.implementation(name, layout, 4, 256)
+    attend = kernels.attention_of(name, layout, 4, 256)
     torch.testing.assert_close(attend(*tensors), reference.block_sparse_attention(*tensors, layout, pruned="drop"))
 
 
 @pytest.mark.parametrize("name", ["fused", "three operations"])
 def test_our_implementations_are_the_reference(name):
     layout, tensors = coarse_layout(), kernels.qkv(MAIN, CPU, grad=True)
-    attend = kernels.implementation(name, layout, 4, 256)
+    attend = kernels.attention_of(name, layout, 4, 256)
     expected = reference.block_sparse_attention(*tensors, layout)
     torch.testing.assert_close(attend(*tensors), expected)
     grads = [torch.autograd.grad(out, tensors, tensors[0].detach()) for out in (attend(*tensors), expected)]
@@ -47,7 +51,7 @@ def test_our_implementations_are_the_reference(name):
 @pytest.mark.parametrize("name", ["materialised", "sdpa"])
 def test_dense_peers_are_the_reference_of_a_full_layout(name):
     layout, tensors = BlockLayout.full(8, 8, 32), kernels.qkv(MAIN, CPU, grad=False)
-    attend = kernels.implementation(name, layout, 4, 256)
+    attend = kernels.attention_of(name, layout, 4, 256)
     torch.testing.assert_close(attend(*tensors), reference.block_sparse_attention(*tensors, layout))
 
 
@@ -66,33 +70,33 @@ def test_cases_are_unique_and_name_an_implementation(profile):
     assert len(set(digests)) == len(digests)
     assert cases[0]["sweep"] == "copy"
     for case in cases:
-        assert {"task", "bytes", "implementation"} & case.keys()
-        assert ("tf32" in case) == (profile == "paper" and case.get("dtype") == "float32")
+        assert {"task", "bytes", "method"} & case.keys()
+        assert (case.get("tf32") is not None) == (profile == "paper" and case.get("dtype") == "float32")
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        {**MAIN, "implementation": "fused"},
-        {**MAIN, "implementation": "sdpa"},
-        {**MAIN, "implementation": "cusparse"},
+        {**MAIN, "method": "fused"},
+        {**MAIN, "method": "sdpa"},
+        {**MAIN, "method": "cusparse"},
         {**SHAPE, "sweep": "operations", "task": "cifar10"},
-        {**SHAPE, "sweep": "statistics", "implementation": "kernel"},
-        {**SHAPE, "sweep": "statistics", "implementation": "reference"},
+        {**SHAPE, "sweep": "statistics", "method": "kernel"},
+        {**SHAPE, "sweep": "statistics", "method": "reference"},
         {"sweep": "copy", "bytes": 1024},
     ],
-    ids=lambda case: f"{case['sweep']}-{case.get('implementation', '')}",
+    ids=lambda case: f"{case['sweep']}-{case.get('method', '')}",
 )
 def test_every_kind_of_case_gives_positive_numbers(case):
     result = kernels.kernel_time(case, CPU)
-    assert "error" not in result
+    assert result.get("error") is None
     values = {name: value for name, value in result.items() if value is not None}
     assert all(value > 0 for value in values.values()), values
-    assert ("forward_backward_ms" in values) == (case.get("implementation") in ("fused", "sdpa"))
+    assert ("forward_backward_ms" in values) == (case.get("method") in ("fused", "sdpa"))
 
 
 def test_floors_count_each_tensor_once():
-    result = kernels.kernel_time({**MAIN, "implementation": "sdpa"}, CPU)
+    result = kernels.kernel_time({**MAIN, "method": "sdpa"}, CPU)
     one = 2 * 2 * 256 * 16 * 4
     assert (result["floor_bytes_forward"], result["floor_bytes_backward"]) == (4 * one, 8 * one)
 
@@ -110,7 +114,7 @@ def failing(*_, **__):
 
 def test_a_failing_peer_gets_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(kernels, "materialised_attention", failing)
-    result = kernels.kernel_time({**MAIN, "implementation": "materialised"}, CPU)
+    result = kernels.kernel_time({**MAIN, "method": "materialised"}, CPU)
     assert result["error"] == "OutOfMemoryError: too much" and result["forward_ms"] is None
 
 
@@ -126,7 +130,7 @@ class ForwardOnly(torch.autograd.Function):
 
 def test_a_peer_whose_backward_pass_fails_keeps_its_forward_time(monkeypatch):
     monkeypatch.setattr(kernels, "flex_on_blocks", lambda *_: lambda q, k, v: ForwardOnly.apply(q))
-    result = kernels.kernel_time({**MAIN, "implementation": "flex 32"}, CPU)
+    result = kernels.kernel_time({**MAIN, "method": "flex 32"}, CPU)
     assert result["error"] == "RuntimeError: no valid configuration"
     assert result["forward_ms"] > 0 and result["forward_backward_ms"] is None
 
@@ -134,7 +138,7 @@ def test_a_peer_whose_backward_pass_fails_keeps_its_forward_time(monkeypatch):
 def test_our_own_errors_are_not_caught(monkeypatch):
     monkeypatch.setattr(kernels.ops, "block_sparse_attention", failing)
     with pytest.raises(torch.OutOfMemoryError):
-        kernels.kernel_time({**MAIN, "implementation": "fused"}, CPU)
+        kernels.kernel_time({**MAIN, "method": "fused"}, CPU)
 
 
 def test_the_precision_of_products_is_put_back():
@@ -146,13 +150,14 @@ def test_the_precision_of_products_is_put_back():
 
 def small_cases(_profile):
     single = {**MAIN, "tf32": True}
-    cases = [{"sweep": "copy", "bytes": 1024}, {**MAIN, "tf32": False, "implementation": "fused"}]
-    cases += [{**single, "implementation": name} for name in ("fused", "sdpa", "flex 64", "cusparse")]
+    cases = [{"sweep": "copy", "bytes": 1024}, {**MAIN, "tf32": False, "method": "fused"}]
+    cases += [{**single, "method": name} for name in ("fused", "sdpa", "flex 64", "cusparse")]
     return [*cases, {**SHAPE, "sweep": "operations", "task": "cifar10"}, {**cases[1], "sweep": "length"}]
 
 
 def test_bench_prints_the_summary_and_the_table_says_what_is_faster(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(experiments.EXPERIMENTS, "kernels", (small_cases, experiments.EXPERIMENTS["kernels"][1]))
+    made = replace(experiments.EXPERIMENTS["kernels"], cases=small_cases)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "kernels", made)
     monkeypatch.setattr(experiments.rows, "__kwdefaults__", experiments.rows.__kwdefaults__ | {"root": tmp_path})
     assert main(["bench", "kernels", "--profile", "paper", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
@@ -165,10 +170,10 @@ def test_bench_prints_the_summary_and_the_table_says_what_is_faster(tmp_path, mo
 
 def test_summary_compares_with_sdpa_and_the_best_flex_of_the_shape():
     times = {"fused": 2.0, "sdpa": 6.0, "flex 32": None, "flex 64": 5.0, "flex 128": 3.0}
-    shape = {**MAIN, "forward_ms": 1.0, "floor_bytes_forward": 1e9, "floor_bytes_backward": 2e9}
-    rows = [{**shape, "implementation": name, "forward_backward_ms": time} for name, time in times.items()]
+    shape = {**MAIN, "forward_ms": 1.0, "floor_bytes_forward": 1e9, "floor_bytes_backward": 2e9, "error": None}
+    rows = [{**shape, "method": name, "forward_backward_ms": time} for name, time in times.items()]
     rows += [{**rows[0], "sweep": "density", "density": 0.5}]
-    lines = speed.kernel_summary(figures.pd.DataFrame(rows), 2.0).set_index(["sweep", "implementation"])
+    lines = kernel_summary(figures.pd.DataFrame(rows), 2.0).set_index(["sweep", "method"])
     fused = lines.loc[("main", "fused")]
     assert (fused["forward x floor"], fused["forward + backward x floor"].round(3)) == (2.0, 1.333)
     assert (fused["sdpa"], fused["flex"]) == (3.0, 1.5)
@@ -183,7 +188,7 @@ def test_a_step_of_the_preset_best_is_timed_in_the_sparse_phase_with_its_average
     timed, time_calls = [], step_time.timing.time_calls
     note = lambda step, *places, **settings: timed.append(step.func.__self__) or time_calls(step, *places, **settings)
     monkeypatch.setattr(step_time.timing, "time_calls", note)
-    only = {"task": "cifar10", "kind": "sat, best"}
+    only = {"task": "cifar10", "preset": "best"}
     (row,) = experiments.rows("step", "smoke", device="cpu", only=only, root=tmp_path).itertuples()
     (trainer,) = timed
     best = run_config("cifar10", "sat", "best")

@@ -44,7 +44,8 @@ def cases(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # jobs run side by side
 
     def choose(*some):
-        monkeypatch.setitem(experiments.EXPERIMENTS, "accuracy", (lambda _profile: list(some), training.train))
+        made = row_files.Experiment(lambda _profile: list(some), training.train)
+        monkeypatch.setitem(experiments.EXPERIMENTS, "accuracy", made)
 
     def too_long(*_):
         raise TimeoutError("jobs that seconds are enough for took ten minutes")

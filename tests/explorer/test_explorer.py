@@ -230,9 +230,9 @@ def test_a_view_becomes_a_figure_and_what_it_draws(tmp_path):
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speed_row(implementation, density, ms, device="GPU", sweep="density"):
+def speed_row(method, density, ms, device="GPU", sweep="density"):
     shape = {"batch": 8, "heads": 2, "length": 64, "head_size": 32, "block": 32, "dtype": "bfloat16"}
-    case = {"sweep": sweep, "implementation": implementation, "density": density, **shape}
+    case = {"sweep": sweep, "method": method, "density": density, **shape}
     return {"case": case, "result": {"forward_backward_ms": ms}, "stamp": {"device": device}}
 
 

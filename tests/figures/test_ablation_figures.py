@@ -6,18 +6,20 @@ from sat_lib import experiments
 from sat_lib.experiments import ablations as ablations_experiment
 from sat_lib.figures import ablations
 from sat_lib.figures.judge import gap
+from sat_lib.training.recipe import case_config
 
 
 def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, **more):
     sparse = at is not None
-    return {
+    line = {
         **{"task": task, "attention": "sat" if sparse else "dense", "seed": seed, "group": group, "value": value},
-        **{"test_accuracy": accuracy, "transition_step": float("nan") if at is None else at, "step": "fast"},
+        **{"test_accuracy": accuracy, "transition_step": float("nan") if at is None else at, "step_kind": "fast"},
         "seconds": {"dense": 10.0 if sparse else 30.0, "sparse": 0.004 * (steps - at - 1) if sparse else 0.0},
         "history": [{"step": 0, "loss": 2.3}, {"step": steps, "dev_accuracy": 0.5}],
-        **{"recipe": {}, "experiment": "ablations"},
+        **{"model": {}, "recipe": {}, "experiment": "ablations"},
         **{"mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
     } | more
+    return line | {"resolved": case_config(line).as_dict()}
 
 
 @pytest.fixture

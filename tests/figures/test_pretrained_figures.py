@@ -101,10 +101,9 @@ def test_finetuning_table():
 
 
 def test_finetuning_without_sat():
-    """As after `bench finetuning --only attention=dense`: the columns of SAT aren't there."""
+    """As after `bench finetuning --only attention=dense`."""
     rows = finetuning_rows()
-    dense = rows[rows["attention"] == "dense"].dropna(axis=1)
-    assert "pattern" not in dense
+    dense = rows[rows["attention"] == "dense"]
     figure, _ = pretrained.finetuning(dense)
     assert len(figure.axes) == 1
     assert pretrained.finetuning_table(dense)["mean %"].tolist() == [81.0]
@@ -113,12 +112,17 @@ def test_finetuning_without_sat():
 def test_pretrained_step_table():
     rows = pd.DataFrame(
         [
-            {"architecture": "bert-base", "length": 128, "attention": name, "density": density, "median_ms": ms}
-            | {"peak_bytes": 2**30}
-            for name, density, ms in (("sdpa", None, 10.0), ("eager", None, 20.0), ("sat, sparse phase", 0.25, 5.0))
+            {"architecture": "bert-base", "length": 128, "attention": name, "phase": phase, "density": density}
+            | {"median_ms": ms, "peak_bytes": 2**30}
+            for name, phase, density, ms in (
+                ("sdpa", "dense", None, 10.0),
+                ("eager", "dense", None, 20.0),
+                ("sat", "sparse", 0.25, 5.0),
+            )
         ]
     )
     table = pretrained.pretrained_step_table(rows)
+    assert table["attention"].tolist() == ["sdpa", "eager", "sat, sparse phase"]
     assert table["time / sdpa"].tolist() == ["1.00", "2.00", "0.50"]
     assert table["density"].tolist() == ["-", "-", "0.25"] and set(table["peak GiB"]) == {"1"}
 

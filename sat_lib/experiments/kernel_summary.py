@@ -1,0 +1,92 @@
+"""The kernels' times beside their floors and their peers, as the command line prints them; see `kernels`."""
+
+import pandas as pd
+
+from .row_files import More, table
+
+SHAPE = ["batch", "heads", "length", "head_size", "dtype", "tf32"]  # what dense attention depends on
+PLACE = [*SHAPE, "block", "density"]
+WHOLE_NUMBERS = ["batch", "heads", "length", "head_size", "block"]
+
+
+def show(rows: pd.DataFrame, more: More) -> str:
+    """`kernel_summary`, the floors from the measured copy."""
+    copy = more(only={"sweep": "copy"}).iloc[0]
+    bandwidth = copy["bandwidth_tb_s"]
+    lines = kernel_summary(rows, bandwidth).dropna(axis=1, how="all")
+    return (
+        f"{lines.to_string(index=False, na_rep='-', float_format='%.3g')}\n"
+        f"copy on {copy['device']}: {bandwidth:.3g} TB/s, read and written; floors are bytes at that bandwidth\n"
+        "sdpa, flex: how many times as long they take as this line, forward + backward; flex at its best block size"
+    )
+
+
+def show_attention(rows: pd.DataFrame, more: More) -> str:
+    """The rows, and where both are there how many times as long dense attention takes."""
+    times = rows.set_index("method")["forward_backward_ms"]
+    if not {"dense", "sat"} <= set(times.index):
+        return table(rows)
+    ratio = times["dense"] / times["sat"]
+    told = f"dense (SDPA) / block-sparse, forward + backward, medians of one run: {ratio:.2f}x"
+    return f"{table(rows)}\n{told}"
+
+
+def kernel_summary(rows: pd.DataFrame, bandwidth_tb_s: float) -> pd.DataFrame:
+    """One line per method, and per operation: times in ms, and how many times its byte floor it takes.
+
+    Args:
+        rows: of the experiment `kernels`, any sweeps. bandwidth_tb_s: of its copy, which turns bytes into time.
+
+    "sdpa" and "flex" are their forward and backward time over the line's, at the same shape (flex: and layout, at its
+    fastest block side). A time that wasn't or couldn't be measured is NaN, with the reason under "note".
+    """
+    whole, per_ms = rows[~rows["sweep"].isin(["copy", "operations"])], bandwidth_tb_s * 1e9  # bytes
+    parts = [_method_lines(whole, per_ms)] if len(whole) else []
+    parts += _operation_lines(rows[rows["sweep"] == "operations"], per_ms)
+    lines = pd.concat(parts, ignore_index=True) if parts else rows.loc[[], ["sweep", "method", *PLACE]]
+    return lines.astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
+
+
+def _method_lines(rows: pd.DataFrame, bytes_per_ms: float) -> pd.DataFrame:
+    measured = ["forward_ms", "forward_backward_ms", "floor_bytes_forward", "floor_bytes_backward"]
+    rows = rows.astype(dict.fromkeys(measured, float))
+    forward, both, floor, floor_backward = (rows[name] for name in measured)
+    dense = _best(rows, rows["method"] == "sdpa", SHAPE)
+    flex = _best(rows, rows["method"].str.startswith("flex"), PLACE)
+    return rows[["sweep", "method", *PLACE]].assign(
+        **{
+            "forward ms": forward,
+            "forward x floor": forward * bytes_per_ms / floor,
+            "forward + backward ms": both,
+            "forward + backward x floor": both * bytes_per_ms / (floor + floor_backward),
+            "sdpa": dense / both,
+            "flex": flex / both,
+            "note": rows["error"],
+        }
+    )
+
+
+def _best(rows: pd.DataFrame, peers: pd.Series, keys: list[str]) -> pd.Series:
+    """For each row the shortest forward and backward time (ms) among those peers that share its keys; NaN without any.
+
+    Peers of the row's own sweep come first, then those of any sweep.
+    """
+    times = rows["forward_backward_ms"].where(peers)
+    shortest = lambda names: times.groupby([rows[name] for name in names], dropna=False).transform("min")
+    return shortest([*keys, "sweep"]).fillna(shortest(keys))
+
+
+def _operation_lines(rows: pd.DataFrame, bytes_per_ms: float) -> list[pd.DataFrame]:
+    """For each operation of the sweep `operations` its lines."""
+    names = [name.removesuffix("_floor_bytes") for name in rows.columns if name.endswith("_floor_bytes")]
+    return [
+        rows[["sweep", *PLACE]].assign(
+            method=name,
+            **{
+                "forward ms": rows[f"{name}_ms"],
+                "forward x floor": rows[f"{name}_ms"] * bytes_per_ms / rows[f"{name}_floor_bytes"],
+            },
+        )
+        for name in names
+        if len(rows)
+    ]
