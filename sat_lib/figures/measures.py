@@ -54,7 +54,7 @@ def parameter_counts(claim: Claim, frames: Frames) -> Finding:
     off = ", ".join(task_name(name) for name, count in counts.items() if count != claim.value[name])
     ours = "; ".join(f"{count:,}" for count in counts.values())
     reason = told("{} differ", off) or "All four are the same, the sparsity parameter included"
-    return Finding(pd.DataFrame({"device": ["CPU"]}), ours, [reason], {"holds": [not off]})
+    return Finding(pd.DataFrame({"device": ["CPU"], "wall_seconds": [None]}), ours, [reason], {"holds": [not off]})
 
 
 @measure("tasks")
