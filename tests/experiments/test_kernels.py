@@ -164,7 +164,8 @@ def test_bench_prints_the_summary_and_the_table_says_what_is_faster(tmp_path, mo
     assert "kernels 8/8" in printed and "sparse_softmax_backward" in printed and "TB/s" in printed
     names = ("main", "copy")
     rows = {name: experiments.rows("kernels", "paper", measure=False, only={"sweep": name}) for name in names}
-    table = figures.to_markdown(speed.kernel_table(rows["main"], rows["copy"]["bandwidth_tb_s"][0]))
+    lines = kernel_summary(rows["main"], rows["copy"]["bandwidth_tb_s"][0])
+    table = figures.to_markdown(speed.kernel_table(lines))
     assert "| fused | float32, TF32 |" in table and "| fused | float32 |" in table and "forward only" in table
 
 

@@ -142,6 +142,7 @@ def test_fast_steps_are_compared_with_fast_ones_alone():
 
 def operations(**changes) -> pd.DataFrame:
     row = {"sweep": "operations", "task": "cifar10", "dtype": "bfloat16", "tf32": None, "gemm_qk_ms": 2.4}
+    row |= {f"{name}_floor_bytes": 1e9 for name in ("sddmm", "sparse_softmax", "spmm")}
     row |= {"softmax_ms": 9.4, "gemm_av_ms": 4.0, "sddmm_ms": 1.2, "sparse_softmax_ms": 0.25, "spmm_ms": 3.9}
     return pd.DataFrame([row | STAMP | changes, row | STAMP | changes | {"dtype": "float32", "tf32": True}])
 
