@@ -107,7 +107,7 @@ def unmeasured(name: str, cases: list[dict], context: Context, devices: set[str]
     return RowFile.of(name, context).missing(cases, devices)
 
 
-def measure_case(name: str, case: dict, context: Context, *, again: bool = False) -> dict:
+def measure_case(name: str, case: dict, context: Context, *, again: bool = False) -> None:
     """Measure one case and append its row. Of processes that measure it together the first one writes.
 
     Raises:
@@ -125,7 +125,6 @@ def measure_case(name: str, case: dict, context: Context, *, again: bool = False
     if distributed.rank() == 0:
         RowFile.of(name, context).append(row, again)
     distributed.barrier()  # all of them read it then
-    return row
 
 
 def _measure(name: str, cases: list[dict], context: Context, *, report: bool, again: bool) -> None:

@@ -14,9 +14,9 @@ def show(rows: pd.DataFrame, more: More) -> str:
     copy = more(only={"sweep": "copy"}).iloc[0]
     bandwidth = copy["bandwidth_tb_s"]
     lines = kernel_summary(rows, bandwidth).dropna(axis=1, how="all")
+    shown = f"{lines.to_string(index=False, na_rep='-', float_format='%.3g')}\n" if len(lines) else ""
     return (
-        f"{lines.to_string(index=False, na_rep='-', float_format='%.3g')}\n"
-        f"copy on {copy['device']}: {bandwidth:.3g} TB/s, read and written; floors are bytes at that bandwidth\n"
+        f"{shown}copy on {copy['device']}: {bandwidth:.3g} TB/s, read and written; floors are bytes at that bandwidth\n"
         "sdpa, flex: how many times as long they take as this line, forward + backward; flex at its best block size"
     )
 

@@ -62,8 +62,8 @@ class RowFile:
         """The rows of the experiment of that name at the context's profile."""
         return cls(context.rows_folder / f"{name}.jsonl", None if context.profile == "paper" else context.code)
 
-    def read(self, device: str) -> dict[str, dict]:
-        """Case digest -> its newest row from a device."""
+    def read(self, device: str | None) -> dict[str, dict]:
+        """Case digest -> its newest row from a device; nothing for None, see `main_device`."""
         return self._by_device().get(device, {})
 
     def main_device(self) -> str | None:
@@ -125,7 +125,7 @@ def describe(case: dict) -> str:
 
 def table(rows: pd.DataFrame) -> str:
     """Rows as text, for the terminal: what is a number, a word or a short list."""
-    hidden = {"experiment", *STAMPED}
+    hidden = {"experiment", *STAMPED} - {"device"}
     shown = rows[[name for name in rows.columns if name not in hidden]].dropna(axis=1, how="all")
     nested = [name for name in shown if shown[name].map(lambda cell: isinstance(cell, list | dict)).any()]
     return shown.drop(columns=nested).to_string(index=False, float_format="%.4g")

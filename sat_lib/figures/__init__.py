@@ -106,7 +106,7 @@ def provenance(profile: str, rows: pd.DataFrame) -> dict:
     }
     return {
         "profile": profile,
-        **several,
+        **{name: values for name, values in several.items() if values},
         "measured": [min(rows["date"]), max(rows["date"])],
         "cases": len(rows),
         "official_data": bool(rows["data_official"].all()) if "data_official" in rows else None,
