@@ -143,8 +143,8 @@ def _train(options) -> int:
 
 
 def _tell(result: dict) -> int:
-    because = f" ({result['why_plain']})" if result.get("why_plain") else ""
-    print(f"{result.get('step', 'plain')} steps{because}")
+    because = f" ({result['why_plain']})" if result["why_plain"] else ""
+    print(f"{result['step']} steps{because}")
     switched = result["transition_step"]
     print(f"transition: {'none' if switched is None else f'step {switched}'}; judged in the {result['phase']} phase")
     for phase, best in result["best"].items():

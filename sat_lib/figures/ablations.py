@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..training.recipe import best_recipe, config_from_dict
+from ..training.checkpoint import config_from_dict
+from ..training.recipe import best_recipe
 from . import PAGE, PALETTE, new, style
 from .judge import gap
 from .published import task_name

@@ -9,7 +9,8 @@ from sat_lib.common.device import device_name, pick_device
 from sat_lib.common.errors import InputError
 from sat_lib.experiments.row_files import Experiment, RowFile, describe
 from sat_lib.experiments.training import run_case
-from sat_lib.training.recipe import case_config, config_from_dict
+from sat_lib.training.checkpoint import config_from_dict
+from sat_lib.training.recipe import case_config
 
 
 def row(case: dict, result: int, device="GPU", code="new") -> dict:
