@@ -145,17 +145,16 @@ def _cell(lines: pd.DataFrame, column: str) -> str:
 # ---- how fast --------------------------------------------------------------------------------------------------------
 
 
-def attention_speed(rows: pd.DataFrame, shapes: Iterable[tuple] = SHAPES) -> pd.DataFrame:
+def attention_speed(lines: pd.DataFrame, shapes: Iterable[tuple] = SHAPES) -> pd.DataFrame:
     """Forward and backward of block-sparse attention at some shapes, and how many times as long its peers take.
 
     Args:
-        rows: of the experiment `kernels`. shapes: batch, length, head size and density of each line.
+        lines: of `experiments.kernel_summary`. shapes: batch, length, head size and density of each line.
 
     bfloat16, blocks of 32. FlexAttention has the same layout, at its fastest block side; a dash where it wasn't timed.
     """
-    measured = rows[rows["sweep"].isin(["length", "head_size", "density"])]
-    lines = speed.kernel_summary(measured, bandwidth_tb_s=1.0)  # the floors that it turns into time aren't shown
-    fused = lines[(lines["implementation"] == "fused") & (lines["dtype"] == "bfloat16") & (lines["block"] == 32)]
+    lines = lines[lines["sweep"].isin(["length", "head_size", "density"])]
+    fused = lines[(lines["method"] == "fused") & (lines["dtype"] == "bfloat16") & (lines["block"] == 32)]
     shape = ["batch", "length", "head_size", "density"]
     table = []
     for wanted in shapes:

@@ -6,6 +6,7 @@ from made_rows import committed_rows
 
 from sat_lib import experiments, figures
 from sat_lib.common import files
+from sat_lib.experiments.kernel_summary import kernel_summary
 from sat_lib.figures import claims, overview
 from sat_lib.figures.judge import WORDS
 
@@ -24,7 +25,7 @@ def verdicts(frames) -> pd.DataFrame:
 def test_the_committed_tables_are_those_of_the_committed_rows(frames, verdicts):
     tables = {
         "findings": overview.findings(frames),
-        "attention_speed": overview.attention_speed(frames["kernels"]),
+        "attention_speed": overview.attention_speed(kernel_summary(frames["kernels"], bandwidth_tb_s=1.0)),
         "verdict_counts": overview.verdict_counts(verdicts),
         "reproduce": overview.claim_table(verdicts),
     }
@@ -65,7 +66,7 @@ def test_a_difference_has_the_standard_error_of_its_means():
 
 
 def test_speed_is_of_the_shapes_that_were_asked_for(frames):
-    table = overview.attention_speed(frames["kernels"])
+    table = overview.attention_speed(kernel_summary(frames["kernels"], bandwidth_tb_s=1.0))
     assert len(table) == len(overview.SHAPES)
     slower = table["SDPA / SAT"].astype(float) < 1
     assert list(table.loc[slower, "density"]) == ["100 %"], "where everything is kept, dense attention is faster"
