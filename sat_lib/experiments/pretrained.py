@@ -157,7 +157,7 @@ def _profiles(moment: str, step: int, look: Look, grid: int | None) -> list[dict
 PUBLISHED_MODELS = (("google/vit-base-patch16-224-in21k", "image", "cifar10"), ("bert-base-uncased", "text", "mrpc"))
 STAND_INS = (("cifar-vit", "image", "digits"), ("minilm", "text", "mrpc"))
 SMOKE_FINE_TUNING = {
-    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 320},
+    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 240, "test_examples": 180},
     "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 120, "test_examples": 100},
 }
 PAPER_FINE_TUNING = {
@@ -185,7 +185,7 @@ def _fine_tuning_case(model: str, kind: str, data: str, profile: str, **more) ->
 def motivation_cases(profile: str) -> list[dict]:
     """Part of an epoch of dense fine-tuning of each model, at the paper profile a whole one, in float32."""
     smoke = profile == "smoke"
-    more = {"train_examples": 160} if smoke else {"epochs": 1, "precision": "fp32"}
+    more = {"train_examples": 96} if smoke else {"epochs": 1, "precision": "fp32"}
     examples = {"examples": 16 if smoke else 64}
     return [_fine_tuning_case(*model, profile, **more, **examples) for model in _models(profile)]
 

@@ -20,7 +20,7 @@ HISTORY_POINTS = 400  # of a training curve that go into its row
 
 SMOKE_RUN = {
     "digits": {"steps": 200, "warm_up": 20, "eval_every": 100, "batch": 4, "rate": 0.006, "switch_at": 100},
-    "digits16": {"model": {"block": 16}, "steps": 200, "warm_up": 20, "eval_every": 50, "batch": 16, "rate": 0.006},
+    "digits16": {"model": {"block": 16}, "steps": 200, "warm_up": 40, "eval_every": 50, "batch": 16, "rate": 0.004},
     "docstrings": {"model": {"layers": 1}, "steps": 200, "warm_up": 20, "eval_every": 100, "batch": 8, "rate": 0.004},
 }
 
