@@ -54,20 +54,20 @@ STAGES = (
         "01_motivation",
         "Attention maps of a ViT and a BERT while they are fine-tuned: many entries near 0, the rhythm of the patch "
         "grid in images, a thick diagonal in text; the untrained models' maps are nearly even but for padding.",
-        1,
+        0.5,
         "01_motivation_table",
     ),
     _figure(
         "02_training",
         "At the transition the skewness of every layer is above theta and the change of its distance below delta; "
         "the loss goes on falling in the sparse phase.",
-        1,
+        0.5,
     ),
     _figure(
         "03_accuracy",
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
-        5,
+        3.5,
         "03_accuracy_table",
         "03_accuracy_short_table",
         figures=("03_accuracy_short",),
@@ -76,7 +76,7 @@ STAGES = (
     _figure(
         "04_step_time",
         "Time of a training step by method (published: BigBird takes 2.45 to 2.84 times as long as SAT).",
-        1,
+        0.5,
         "04_step_time_table",
         experiments=("step",),
     ),
@@ -84,7 +84,7 @@ STAGES = (
         "05_time_breakdown",
         "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, "
         "SpMM 2.3).",
-        1,
+        0.25,
         "kernels",
         experiments=("kernels",),
     ),
@@ -94,7 +94,7 @@ STAGES = (
         "accuracy by layout, rule for pruned entries, transition, rate, average of the weights, density and block. "
         "With one seed of small runs all layouts are within noise of each other; at the paper's scale those that hold "
         "most attention are the least accurate on CIFAR-10.",
-        3,
+        1.5,
         "06_ablations_table",
         "06_switch_table",
         "06_diagnosis_table",
@@ -107,7 +107,7 @@ STAGES = (
         "Time and peak memory over sequence length and density: dense attention grows with the square of the length, "
         "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less). And the "
         "throughput of several processes that train one model.",
-        1,
+        0.75,
         "07_data_parallel_table",
         "07_data_parallel_runs",
         figures=("07_data_parallel",),
@@ -117,14 +117,14 @@ STAGES = (
         "08_explore",
         "Mass of single attention maps that each pattern keeps: the best blocks hold several times their share, the "
         "learned ones about as much as random ones. The notebook also has the interactive explorer.",
-        1,
+        0.75,
         experiments=("patterns",),
     ),
     _figure(
         "09_finetuning",
         "Test accuracy of pretrained models fine-tuned dense and with SAT, by density, and the time of a step "
         "(published: SAT also serves for fine-tuning; no numbers).",
-        2,
+        1.5,
         "09_finetuning_table",
         "09_finetuning_steps",
         experiments=("finetuning", "pretrained_step"),
