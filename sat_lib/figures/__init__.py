@@ -16,6 +16,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..common import files
@@ -51,6 +52,20 @@ def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings
     style()
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+def end_labels(axis: Axes, ends: list[tuple[float, str, tuple]], gap: float) -> None:
+    """Name lines at the right edge of a panel whose limits are set, in place of a legend.
+
+    Args:
+        ends: of each line where it ends, its name and its colour. gap: least distance of two names, as a share of the
+            panel's height; names that would lie nearer are moved up.
+    """
+    place = -np.inf
+    for value, text, colour in sorted(ends, key=lambda end: end[0]):
+        _, height = axis.transLimits.transform(axis.transScale.transform((1, value)))
+        place = max(height, place + gap)
+        axis.text(1.02, place, text, color=colour, va="center", transform=axis.transAxes, fontsize=7)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ..training.recipe import PAPER_TASKS
 from . import PAGE, PALETTE, new
+from .claims import claims, verdict
 from .evidence import (
     Frames,
     memory_ratios,
@@ -20,42 +22,47 @@ from .evidence import (
     where,
     with_sources,
 )
-from .judge import ENOUGH, gap
+from .judge import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED, gap
 from .published import published_value, task_name
 
-MARKS = {  # series of the right panel: mark and colour
-    "layer of transformers": ("s", PALETTE["bigbird"]),
-    "own gathers and products": ("^", PALETTE["bigbird"]),
-    "through SAT's kernel": ("o", PALETTE["sat"]),
-    "float32 with TF32": ("v", PALETTE["longformer"]),
-    "the most of all cases": ("X", PALETTE["dense"]),
-    "bfloat16": ("P", PALETTE["longformer"]),
+LIKE_FOR_LIKE = "through SAT's kernel"
+LABELS = {
+    "softmax": "dense softmax",
+    "SDDMM": "dense QK^T / SDDMM",
+    "SpMM": "dense AV / SpMM",
+    "memory, attention": "dense attention's memory",
+    "memory, step": "a step's memory",
 }
+_STEP_SERIES = {
+    "bigbird, transformers": "layer of transformers",
+    "bigbird, library": "own gathers and products",
+    "bigbird, kernel": LIKE_FOR_LIKE,
+}
+WORD_MARKS = {  # mark and colour
+    REPRODUCED: ("o", PALETTE["sat, dense phase"]),
+    IN_DIRECTION: ("^", PALETTE["dense"]),
+    NOT_REPRODUCED: ("X", PALETTE["longformer"]),
+    NOT_RUN: ("s", (0.5, 0.5, 0.5)),
+}
+PUBLISHED_MARK = {"marker": "|", "color": "black", "markersize": 10, "markeredgewidth": 1.4, "linestyle": ""}
+LIKE_FOR_LIKE_MARK = {"marker": "o", "color": "0.3", "markersize": 3.5, "markerfacecolor": "white", "linestyle": ""}
+SEED_MARK = {"marker": ".", "color": "0.5", "markersize": 4, "linestyle": ""}
 SPARSE_OPERATIONS = {"softmax": "softmax", "QK^T": "SDDMM", "AV": "SpMM"}
-_STEP_SERIES = dict(zip(("bigbird, transformers", "bigbird, library", "bigbird, kernel"), MARKS, strict=False))
 
 
 def verdict_figure(frames: Frames) -> tuple[Figure, pd.DataFrame]:
-    """Ours beside the published values: SAT's accuracy less dense attention's by task, and ratios over published."""
+    """Ours beside the published values: SAT's accuracy less dense attention's by task, and times as much as SAT.
+
+    Colours and marks are those of the claims' verdicts.
+    """
     frames = with_sources(frames)
     gains, ratios = _gain_lines(frames), _ratio_lines(frames)
-    figure, ((left, right),) = new(PAGE, 3.2, 1, 2)
-    _draw_gains(left, gains)
-    _draw_ratios(right, ratios)
-    for axis, place in ((left, "outside upper left"), (right, "outside upper right")):
-        figure.legend(*axis.get_legend_handles_labels(), loc=place, ncols=2, frameon=False)
+    words = _words(frames)
+    figure, ((left, right),) = new(PAGE, 3.1, 1, 2, width_ratios=(1, 1.3))
+    _draw_gains(left, gains, words)
+    _draw_ratios(right, ratios, words)
+    _legend(figure)
     return figure, pd.concat([gains, ratios], ignore_index=True)
-
-
-def figure_rows(frames: Frames) -> pd.DataFrame:
-    """The rows behind the figure, for what is said of where it comes from."""
-    found = [frames[name] for name in ("accuracy", "accuracy_short", "step", "kernels") if len(frames.get(name, ()))]
-    # A column that only some experiments have would say "nan" beside the others' values.
-    kept = [part.drop(columns=["maps", "history", "seed", "task", "data_digest"], errors="ignore") for part in found]
-    rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
-    if "data_official" in rows:
-        rows["data_official"] = rows["data_official"].astype(object).where(rows["data_official"].notna(), True)
-    return rows
 
 
 def _gain_lines(frames: Frames) -> pd.DataFrame:
@@ -97,41 +104,75 @@ def _ratio_lines(frames: Frames) -> pd.DataFrame:
     return drawn.assign(ours_over_published=drawn["ours"] / drawn["published"])
 
 
-def _draw_gains(axis: Axes, lines: pd.DataFrame) -> None:
-    """Seeds and their mean a little above a task's place, the published difference a little below."""
-    means = lines[lines["series"] == "mean"]
-    names = list(means["name"])
-    for label, part, face in (("seeds", False, PALETTE["sat"]), ("seeds, part of the data", True, "none")):
-        seeds = lines[(lines["series"] == "seed") & (lines["part"] == part)]
-        places = seeds["name"].map(names.index) - 0.15
-        if len(seeds):
-            settings = {"color": PALETTE["sat"], "markersize": 4, "markerfacecolor": face, "label": label}
-            axis.plot(seeds["ours"], places, "o", **settings)
-    above, below = np.arange(len(names)) - 0.15, np.arange(len(names)) + 0.15
-    settings = {"color": "0.25", "markersize": 9, "capsize": 2.5, "linewidth": 1, "label": "mean, standard error"}
-    axis.errorbar(means["ours"], above, xerr=means["error"], fmt="|", **settings)
-    settings = {"color": "black", "markersize": 4, "markerfacecolor": "none", "label": "published"}
-    axis.plot(means["published"], below, "D", **settings)
-    axis.axvline(0, color="0.4", linestyle=":", linewidth=1)
-    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    axis.set(xlabel="test accuracy, SAT less dense (points)")
-    axis.margins(x=0.08)
-    axis.grid(axis="y", color="0.9", linewidth=0.6)
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _words(frames: Frames) -> dict[str, str]:
+    """The verdict of each claim that the figure shows, by the name of its line."""
+    names = {
+        "gain": lambda claim: task_name(claim.tasks[0]),
+        "step_time": lambda claim: f"step, {task_name(claim.tasks[0])}",
+        "operation_time": lambda claim: SPARSE_OPERATIONS[claim.operation],
+        "attention_memory": lambda claim: "memory, attention",
+        "step_memory": lambda claim: "memory, step",
+    }
+    shown = [claim for claim in claims() if claim.measure in names]
+    return {names[claim.measure](claim): verdict(claim, frames)["verdict"] for claim in shown}
+
+
+def _judged(ratios: pd.DataFrame) -> pd.DataFrame:
+    """Of every name the ratio that its claim is judged by: the smallest of those that the paper could have measured."""
+    could = ratios[(ratios["series"] != LIKE_FOR_LIKE) & ratios["ours"].notna()]
+    return could.sort_values("ours").drop_duplicates("name")
+
+
+def _draw_beside(axis: Axes, lines: pd.DataFrame, words: dict[str, str], names: list[str], form: str) -> None:
+    """Ours joined with the published value, a row per name, in the colour of the verdict; both values at the edge."""
+    for line in lines.itertuples():
+        place, (mark, colour) = names.index(line.name), WORD_MARKS[words[line.name]]
+        if not np.isnan(line.ours):
+            axis.plot([line.published, line.ours], [place, place], color=colour, linewidth=1.2, zorder=1)
+            axis.errorbar(line.ours, place, xerr=line.error, color=colour, linewidth=0.8, capsize=2)
+            face = "white" if words[line.name] == NOT_RUN else colour
+            axis.plot(line.ours, place, mark, color=colour, markersize=5.5, markerfacecolor=face)
+        axis.plot(line.published, place, **PUBLISHED_MARK)
+        ours = "-" if np.isnan(line.ours) else format(line.ours, form)
+        axis.text(1.02, place, f"{ours} ({line.published:{form}})", va="center", transform=axis.get_yaxis_transform())
+    axis.text(1.02, 1.02, "ours (published)", transform=axis.transAxes, color="0.35")
+    axis.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.6))
+    axis.grid(axis="y", color="0.92", linewidth=0.6)
     sns.despine(ax=axis)
 
 
-def _draw_ratios(axis: Axes, lines: pd.DataFrame) -> None:
-    names = list(dict.fromkeys(lines["name"]))
-    for number, (series, (mark, colour)) in enumerate(MARKS.items()):
-        part = lines[lines["series"] == series]
-        places = part["name"].map(names.index) + 0.2 * (number % 3 - 1)  # so that no mark hides another
-        axis.plot(part["ours_over_published"], places, mark, color=colour, markersize=4, label=series)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.axvline(ENOUGH, color="0.4", linestyle=":", linewidth=1)
-    axis.set(xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
-    axis.set(xlabel=f"our ratio / published (line: 1, dotted: {ENOUGH:g})")
+def _draw_gains(axis: Axes, gains: pd.DataFrame, words: dict[str, str]) -> None:
+    means, seeds = (gains[gains["series"] == series] for series in ("mean", "seed"))
+    names = list(means["name"])
+    _draw_beside(axis, means, words, names, "+.2f")
+    axis.plot(seeds["ours"], seeds["name"].map(names.index) + 0.2, **SEED_MARK)
+    axis.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    axis.set(yticklabels=names, xlabel="accuracy, SAT less dense (points)")
+
+
+def _draw_ratios(axis: Axes, ratios: pd.DataFrame, words: dict[str, str]) -> None:
+    names = list(dict.fromkeys(ratios["name"]))
+    _draw_beside(axis, _judged(ratios).assign(error=np.nan), words, names, ".3g")
+    same = ratios[ratios["series"] == LIKE_FOR_LIKE]
+    axis.plot(same["ours"], same["name"].map(names.index), **LIKE_FOR_LIKE_MARK)
+    axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
+    axis.set(xscale="log", yticklabels=list(map(_label, names)), xlabel="times as much as SAT")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.grid(axis="y", color="0.9", linewidth=0.6)
-    sns.despine(ax=axis)
+
+
+def _label(name: str) -> str:
+    """What is compared with SAT, for a line's name."""
+    return LABELS.get(name, name.replace("step, ", "BigBird's step, "))
+
+
+def _legend(figure: Figure) -> None:
+    marks = {word: {"marker": mark, "color": colour} for word, (mark, colour) in WORD_MARKS.items()}
+    marks[NOT_RUN] |= {"markerfacecolor": "white"}
+    named = {"published": PUBLISHED_MARK, LIKE_FOR_LIKE: LIKE_FOR_LIKE_MARK, "single seeds": SEED_MARK}
+    handles = [Line2D([], [], **({"linestyle": ""} | look), label=word) for word, look in (marks | named).items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)

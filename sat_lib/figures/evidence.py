@@ -123,6 +123,17 @@ def runs_by_most(frames: Frames) -> tuple[pd.DataFrame, pd.DataFrame]:
     return where(runs, processes=most), where(steps, processes=most)
 
 
+def rows_of(frames: Frames, *experiments: str) -> pd.DataFrame:
+    """The rows of several experiments, for what a figure says of where it comes from."""
+    found = [frames[name] for name in experiments if len(frames.get(name, ()))]
+    # A column that only some experiments have would say "nan" beside the others' values.
+    kept = [part.drop(columns=["maps", "history", "seed", "task", "data_digest"], errors="ignore") for part in found]
+    rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
+    if "data_official" in rows:
+        rows["data_official"] = rows["data_official"].astype(object).where(rows["data_official"].notna(), True)
+    return rows
+
+
 # ---- times and memory ------------------------------------------------------------------------------------------------
 
 

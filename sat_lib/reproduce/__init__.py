@@ -132,7 +132,7 @@ STAGES = (
     Stage(
         "10_claims",
         _outputs(
-            ("verdicts_figure",),
+            ("readme", "verdicts_figure"),
             ("verdicts", "verdicts_short", "reproduce", "verdict_counts", "findings", "attention_speed", "smoke"),
         ),
         "Which of the paper's claims hold, by the committed rows: our gains and ratios beside the published ones.",

@@ -143,3 +143,13 @@ def test_the_figure_draws_what_there_is(committed):
         figure, drawn = claims_figure.verdict_figure(frames)
         assert len(figure.axes) == 2 and drawn["published"].notna().all()
     assert drawn["ours"].notna().sum() == 1 + 3 + 2  # a mean, three seeds, a ratio of times, one of memory
+
+
+def test_the_figure_joins_ours_with_the_published_value_in_the_colour_of_the_verdict(committed):
+    figure, drawn = claims_figure.verdict_figure(committed)
+    table, left = claims.verdict_table(committed).set_index("claim"), figure.axes[0]
+    gain = drawn[(drawn["name"] == "CIFAR-10") & (drawn["series"] == "mean")].iloc[0]
+    joins = [line for line in left.lines if list(line.get_xdata()) == [gain["published"], gain["ours"]]]
+    word = table.loc["CIFAR-10: accuracy that SAT gains over dense attention", "verdict"]
+    assert [line.get_color() for line in joins] == [claims_figure.WORD_MARKS[word][1]]
+    assert f"{gain['ours']:+.2f} ({gain['published']:+.2f})" in [text.get_text() for text in left.texts]

@@ -7,7 +7,7 @@ from made_rows import committed_rows
 from sat_lib import experiments, figures
 from sat_lib.common import files
 from sat_lib.experiments.kernel_summary import kernel_summary
-from sat_lib.figures import claims, overview
+from sat_lib.figures import ablations, claims, overview, overview_figure
 from sat_lib.figures.judge import WORDS
 
 
@@ -76,3 +76,35 @@ def test_every_claim_has_one_verdict(verdicts):
     counts = overview.verdict_counts(verdicts)
     assert counts["claims"].sum() == len(verdicts) == len(overview.claim_table(verdicts))
     assert list(counts["verdict"]) == list(WORDS)
+
+
+# ---- the figure of the first page ------------------------------------------------------------------------------------
+
+
+def test_the_figure_draws_what_the_other_tables_say(frames):
+    figure, drawn = overview_figure.overview_figure(frames)
+    speed = overview.attention_speed(kernel_summary(frames["kernels"], bandwidth_tb_s=1.0))
+    longest = speed[speed["batch x heads x length x head size"].str.contains("16,384")].iloc[0]
+    at_longest = drawn[(drawn["length"] == 16384) & (drawn["density"] == 0.05)].set_index("method")["over_sat"]
+    assert f"{at_longest['sdpa']:.2f}" == longest["SDPA / SAT"]
+    assert f"{at_longest['flex']:.2f}" == longest["FlexAttention / SAT"]
+    table = ablations.best_table(frames)
+    of_table = table[table["task"] == "CIFAR-10"].set_index("attention")["test %"].astype(float)
+    lines = drawn[(drawn["panel"] == "accuracy") & (drawn["steps"] == 10_000)]
+    for line in lines.itertuples():
+        name = {"sat": "sat, released"}.get(line.attention, line.attention)
+        name += ", averaged" if line.averaged and name != "sat, best" else ""
+        assert of_table[name] == round(line.percent, 2)
+    assert {"dense", "bigbird", "longformer", "lsg", "sat", "sat, best"} <= set(lines["attention"])
+    named = [text.get_text() for text in figure.axes[1].texts]
+    assert sorted(named) == ["averaged weights", "ours", "published"]
+
+
+def test_the_figure_draws_few_rows(frames):
+    kernels = frames["kernels"]
+    few = {"kernels": kernels[(kernels["sweep"] == "length") & (kernels["method"] == "sdpa")]}
+    _, drawn = overview_figure.overview_figure(few)
+    assert set(drawn["panel"]) == {"time"} and drawn["over_sat"].isna().all()
+    _, drawn = overview_figure.overview_figure({"best": frames["best"].iloc[:1]})
+    assert set(drawn["panel"]) <= {"accuracy"}
+    assert not len(overview_figure.overview_figure({})[1])
