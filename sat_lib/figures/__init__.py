@@ -55,17 +55,23 @@ def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings
 
 
 def end_labels(axis: Axes, ends: list[tuple[float, str, tuple]], gap: float) -> None:
-    """Name lines at the right edge of a panel whose limits are set, in place of a legend.
+    """Name lines at the right edge of a panel, in place of a legend, once all of it is drawn.
 
     Args:
         ends: of each line where it ends, its name and its colour. gap: least distance of two names, as a share of the
-            panel's height; names that would lie nearer are moved up.
+            panel's height; names that would lie nearer are moved apart.
     """
-    place = -np.inf
-    for value, text, colour in sorted(ends, key=lambda end: end[0]):
-        _, height = axis.transLimits.transform(axis.transScale.transform((1, value)))
-        place = max(height, place + gap)
-        axis.text(1.02, place, text, color=colour, va="center", transform=axis.transAxes, fontsize=7)
+    scale = axis.yaxis.get_transform()
+    low, high = scale.transform(axis.get_ylim())
+    ends = sorted(ends, key=lambda end: end[0])
+    places = [(scale.transform(value) - low) / (high - low) for value, _, _ in ends]
+    for upper in range(1, len(places)):
+        places[upper] = max(places[upper], places[upper - 1] + gap)
+    for number, place in enumerate(reversed(places)):
+        places[-1 - number] = min(place, 1 - number * gap)
+    for place, (_, text, colour) in zip(places, ends, strict=True):
+        dark = np.multiply(colour, 0.8)  # pale colours are hard to read as letters
+        axis.text(1.02, place, text, color=dark, va="center", transform=axis.transAxes, fontsize=7)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -5,10 +5,26 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from . import COLUMN, PAGE, PALETTE, new
+from . import COLUMN, PAGE, PALETTE, end_labels, new
 from .published import published_value, task_name
+
+STEP_TASKS = ("cifar10", "agnews")  # an image and a text task: what figure and table show of the steps
+METHOD_MARKS = {  # mark and size, so that methods with the same value are all seen
+    "fused": ("o", 3),
+    "flex 64": ("s", 6),
+    "reference": ("D", 4.5),
+    "sdpa": ("v", 5),
+    "materialised": ("o", 7),
+}
+WAYS = {  # what computes the attention: mark and name
+    "sdpa": ("o", "fused attention"),
+    "kernel": ("o", "fused attention"),
+    "library": ("s", "gathers and products"),
+    "transformers": ("^", "layer of transformers"),
+}
 
 # ---- 04, 05: time of steps and operations ----------------------------------------------------------------------------
 
@@ -38,39 +54,62 @@ def _step_label(row: pd.Series) -> str:
 
 
 def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Median time and peak memory of a training step, by task and what was timed; quartiles as lines.
+    """Median time and peak memory of a training step, for an image and a text task; all tasks are in what is drawn.
 
-    Colours are the attentions'; an implementation in PyTorch's operations is pale, a plain step hatched.
+    A row per attention, the fastest on top, a mark per way of computing it; quartiles of the time as lines.
     """
     names = ["task", "label", "attention", "compute", "phase", "step_kind", "preset", "batch", "precision"]
     drawn = rows.assign(label=step_labels(rows))[[*names, "median_ms", "low_ms", "high_ms", "peak_bytes"]]
-    labels, tasks = list(dict.fromkeys(drawn["label"])), list(dict.fromkeys(drawn["task"]))
-    height = 0.9 + 0.3 * len(labels)
-    figure, axes = new(PAGE, height, 2, len(tasks), sharey=True, sharex="row")
+    shown = drawn.assign(of=[_attention_of(line) for _, line in drawn.iterrows()])
+    shown = shown.assign(ms=shown["median_ms"].astype(float), gib=shown["peak_bytes"].astype(float) / 2**30)
+    tasks = [task for task in STEP_TASKS if task in set(drawn["task"])] or list(dict.fromkeys(drawn["task"]))[:2]
+    shown = shown[shown["task"].isin(tasks)]
+    places = list(shown.groupby("of")["ms"].min().sort_values().index)
+    figure, axes = new(PAGE, 1.2 + 0.52 * len(places), 2, len(tasks), sharey=True, sharex="row")
     for column, task in enumerate(tasks):
-        part = drawn[drawn["task"] == task].set_index("label").reindex(labels)
-        spread = np.stack([part["median_ms"] - part["low_ms"], part["high_ms"] - part["median_ms"]]).astype(float)
-        _step_bars(axes[0, column], part, part["median_ms"].astype(float), spread)
-        _step_bars(axes[1, column], part, part["peak_bytes"].astype(float) / 2**30, None)
+        part = shown[shown["task"] == task]
+        for axis, name in zip(axes[:, column], ("ms", "gib"), strict=True):
+            _step_marks(axis, part, name, places)
         axes[0, column].set_title(task_name(task))
-    axes[0, 0].set_ylabel("training step (ms, median)")
-    axes[1, 0].set_ylabel("peak memory of a step (GiB)")
+        axes[0, column].set_xlabel("training step (ms, median)")
+        axes[1, column].set_xlabel("peak memory of a step (GiB)")
+    _legend_of_ways(figure, shown)
     return figure, drawn
 
 
-def _step_bars(axis: Axes, part: pd.DataFrame, values: pd.Series, spread: np.ndarray | None) -> None:
-    faint, hatched = part["compute"] == "library", part["step_kind"] == "plain"
-    for place, (label, value) in enumerate(values.items()):
-        if np.isnan(value):
-            continue
-        colour = PALETTE[label] if label in PALETTE else PALETTE[part["attention"][label]]
-        face = "white" if hatched[label] else (*colour, 0.5 if faint[label] else 1.0)
-        error, above = (None, 0) if spread is None else (spread[:, place : place + 1], spread[1, place])
-        settings = {"edgecolor": colour, "linewidth": 0.6, "hatch": "////" if hatched[label] else None}
-        axis.barh(place, value, 0.75, xerr=error, facecolor=face, error_kw={"linewidth": 0.7}, **settings)
-        axis.annotate(f"{value:.3g}", (value + above, place), (3, 0), textcoords="offset points", va="center")
-    axis.set(yticks=range(len(part)), yticklabels=list(part.index), ylim=(len(part) - 0.4, -0.6))
-    axis.margins(x=0.2)
+def _attention_of(line: pd.Series) -> str:
+    """What a step is of, whatever computes it: its label without the rest."""
+    return line["label"].removesuffix(", plain").removesuffix(f", {line['compute']}")
+
+
+def _look(compute: str, step_kind: str, colour) -> dict:
+    """Marks tell what computes the attention; those of plain steps are hollow."""
+    face = "white" if step_kind == "plain" else colour
+    return {"marker": WAYS[compute][0], "color": colour, "markerfacecolor": face, "markersize": 5, "linestyle": ""}
+
+
+def _legend_of_ways(figure: Figure, lines: pd.DataFrame) -> None:
+    ways = dict.fromkeys(zip(lines["compute"].replace("sdpa", "kernel"), lines["step_kind"], strict=True))
+    handles = [Line2D([], [], **_look(*way, "0.3"), label=f"{WAYS[way[0]][1]}, {way[1]} step") for way in ways]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+
+
+def _step_marks(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) -> None:
+    for label, lines in part.dropna(subset=name).groupby("of"):
+        place, colour = places.index(label), PALETTE.get(label, PALETTE[lines["attention"].iloc[0]])
+        axis.plot(lines[name], [place] * len(lines), color=colour, linewidth=0.8, alpha=0.6)
+        for line in lines.itertuples():
+            value = getattr(line, name)
+            axis.plot(value, place, **_look(line.compute, line.step_kind, colour))
+            if name == "ms":
+                axis.plot([line.low_ms, line.high_ms], [place, place], color="0.2", linewidth=0.7)
+            axis.annotate(f"{value:.3g}", (value, place), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+    axis.set(xscale="log", yticks=range(len(places)), yticklabels=places, ylim=(len(places) - 0.5, -0.8))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(axis="y", color="0.92", linewidth=0.6)
+    axis.margins(x=0.06)
     sns.despine(ax=axis)
 
 
@@ -82,7 +121,7 @@ def over_sat(rows: pd.DataFrame) -> pd.Series:
     return rows["median_ms"].astype(float) / base.reindex(places).set_axis(rows.index).astype(float)
 
 
-def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = ("cifar10", "agnews")) -> pd.DataFrame:
+def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = STEP_TASKS) -> pd.DataFrame:
     """Time, peak memory, and `over_sat` beside the published ratio, for some of the tasks."""
     rows = rows.assign(over=over_sat(rows), label=step_labels(rows))
     lines = []
@@ -157,11 +196,11 @@ def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Time, peak memory and operations of attention alone against L, with the complexity formula through each.
+    """Time, peak memory and operations of attention alone against L, each method named where its line ends.
 
-    The lines are density x L^2 for the operations (exact), and for time the same formula with one factor per method,
-    fitted at the longest L; memory has no line. Only rows of the first row's head size are drawn, and
-    none that ended with an error.
+    Thin lines are the complexity formula: density x L^2 for the operations (exact), and for time the same formula with
+    one factor per method, fitted at the longest L; memory has no formula. Only rows of the first row's head size are
+    drawn, and none that ended with an error.
     """
     names = ["method", "batch", "length", "density", "forward_backward_ms", "peak_bytes", "operations"]
     drawn = rows[rows["head_size"] == rows["head_size"].iloc[0]].dropna(subset="forward_backward_ms")[names].copy()
@@ -170,30 +209,44 @@ def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     drawn["mib_per_example"] = drawn["peak_bytes"] / 2**20 / per_example
     drawn["gflop_per_example"] = drawn["operations"] / 1e9 / per_example
     labels = {
-        "ms_per_example": "fwd + bwd (ms / example)",
+        "ms_per_example": "forward + backward (ms / example)",
         "mib_per_example": "peak memory (MiB / example)",
         "gflop_per_example": "forward GFLOP / example",
     }
-    figure, (axes,) = new(PAGE, 2.3, 1, 3)
+    figure, (axes,) = new(PAGE, 2.6, 1, 3)
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
+        _log_axes(axis, drawn, label)
         for method, part in drawn.groupby("method", sort=False):
             _log_points(axis, part, name, method)
-        axis.set(xscale="log", yscale="log", xlabel="length L", ylabel=label, xticks=sorted(set(drawn["length"])))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_locator(NullLocator())
-        sns.despine(ax=axis)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=5, frameon=False, title="lines: c L²", title_fontsize=7)
+        _name_methods(axis, drawn, name)
     return figure, drawn
 
 
+def _log_axes(axis: Axes, drawn: pd.DataFrame, title: str) -> None:
+    lengths = sorted(set(drawn["length"]))
+    axis.set(xscale="log", yscale="log", xlabel="length L", title=title, xticks=lengths)
+    axis.set_xticklabels([f"{length / 1024:g}k" if length >= 1024 else f"{length:g}" for length in lengths])
+    axis.xaxis.set_minor_locator(NullLocator())
+    sns.despine(ax=axis)
+
+
 def _log_points(axis: Axes, part: pd.DataFrame, name: str, method: str) -> None:
-    colour = PALETTE[method]
-    axis.plot(part["length"], part[name], "o", color=colour, markersize=3.5, label=method)
-    if name != "mib_per_example":
+    colour, (mark, size) = PALETTE[method], METHOD_MARKS.get(method, ("o", 3))
+    face = colour if method == "fused" else "none"
+    axis.plot(part["length"], part[name], mark, color=colour, markersize=size, markerfacecolor=face)
+    if name == "mib_per_example":
+        axis.plot(part["length"], part[name], ":", color=colour, linewidth=0.7)
+    else:
         longest = part.loc[part["length"].idxmax()]
         formula = longest[name] * (part["length"] / longest["length"]) ** 2
         axis.plot(part["length"], formula, "-", color=colour, linewidth=0.8)
+
+
+def _name_methods(axis: Axes, drawn: pd.DataFrame, name: str) -> None:
+    """Each method by the height of its last point; those that end at one place share it, the mark tells which."""
+    longest = drawn.sort_values("length").drop_duplicates("method", keep="last").dropna(subset=name)
+    ends = [(value, method, PALETTE[method]) for method, value in zip(longest["method"], longest[name], strict=True)]
+    end_labels(axis, ends, gap=0.085)
 
 
 # ---- the kernels beside their peers ----------------------------------------------------------------------------------

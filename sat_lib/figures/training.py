@@ -69,7 +69,7 @@ def _line(axis: Axes, part: pd.DataFrame, label: str, style: str, side: str, **l
     axis.plot(part["processes"], rates, style, label=label, markersize=4, linewidth=1, **look)
     for line, rate in zip(part.itertuples(), rates, strict=True):
         if line.processes > 1 and not pd.isna(line.efficiency):
-            place = {"xytext": (5, 0), "textcoords": "offset points", "va": side, "fontsize": 6}
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": side, "fontsize": 7}
             axis.annotate(f"{line.efficiency:.0%}", (line.processes, rate), **place)
 
 

@@ -1,9 +1,11 @@
 """What was timed, in words, and the table of steps, from rows of known content."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from made_rows import steps
 
+from sat_lib import experiments
 from sat_lib.experiments.step_time import step_cases
 from sat_lib.figures import speed
 
@@ -33,3 +35,24 @@ def test_a_step_is_set_beside_sats_of_the_same_kind():
     told = {"sat, sparse phase": "1.00", "sat, dense phase": "-", "bigbird, library": "2.48", "sat, best": "-"}
     assert {label: table["AG News published"][label] for label in told} == told
     assert list(speed.step_table(rows, ("cifar10",))["CIFAR-10 ms"]) == ["-"] * 6
+
+
+def test_a_row_of_the_figure_of_steps_holds_the_ways_of_computing_one_attention():
+    fast = steps({"sat, sparse phase": 10, "bigbird, kernel": 15, "bigbird, library": 40})
+    plain = steps({"sat, sparse phase": 20, "bigbird, transformers": np.nan}, step_kind="plain")
+    figure, drawn = speed.step_time(pd.concat([fast, plain], ignore_index=True).assign(batch=512, precision="bf16"))
+    time = figure.axes[0]
+    assert [label.get_text() for label in time.get_yticklabels()] == ["sat, sparse phase", "bigbird"]
+    marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in time.lines if line.get_marker() in "os^"]
+    assert sorted(marks) == [(10, 0), (15, 1), (20, 0), (40, 1)]
+    assert len(drawn) == 5
+
+
+def test_every_method_is_named_where_its_line_ends_without_covering_another():
+    rows = experiments.rows("kernels", "paper", measure=False, only={"sweep": "length"})
+    for part in (rows, rows.iloc[:1], rows[rows["method"] == "sdpa"]):
+        figure, drawn = speed.scaling(part)
+        for axis in figure.axes:
+            assert {text.get_text() for text in axis.texts} == set(drawn["method"])
+            heights = sorted(text.get_position()[1] for text in axis.texts)
+            assert all(np.diff(heights) > 0.08) and heights[-1] <= 1
