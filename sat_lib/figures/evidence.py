@@ -214,9 +214,5 @@ def _masses(row: pd.Series) -> pd.DataFrame:
 def masses_at_transition(frames: Frames) -> list[float]:
     """Percent of the mass in the kept blocks, by layer and seed, of CIFAR-10 runs' mean maps at the transition."""
     runs = where(training_runs(frames, "accuracy", "training"), task="cifar10", attention="sat")
-    return [
-        100 * (np.array(kept, float) * values).sum() / np.sum(values)
-        for maps in runs.get("maps", ())
-        if isinstance(maps, dict) and {"kept", "transition"} <= maps.keys()
-        for kept, values in zip(maps["kept"], np.array(maps["transition"], float), strict=True)
-    ]
+    found = [maps for maps in runs.get("maps", ()) if isinstance(maps, dict) and {"kept", "transition"} <= maps.keys()]
+    return [100 * share for maps in found for share in training.kept_mass(maps)["kept"]]

@@ -5,11 +5,12 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..attention.statistics import pool_blocks
-from . import PAGE, PALETTE, new
+from . import PAGE, PALETTE, end_labels, new, style
 from .speed import attention_label
 
 MODEL_NAMES = {"cifar-vit": "small ViT (CIFAR-10)", "minilm": "MiniLM"}
@@ -20,6 +21,15 @@ MOMENTS = {
     "pretrained": {"color": PALETTE["dense"], "linestyle": ":"},
     "half way": {"color": PALETTE["sat"], "linestyle": "-."},
     "fine-tuned": {"color": PALETTE["sat"], "linestyle": "-"},
+}
+SHARES = {  # quantities by kind: name and title
+    "image": {"small_share": "entries below 1/(10 L)", "top5_mass": "mass of top 5 %"},
+    "text": {
+        "small_share": "entries below 1/(10 L)",
+        "small_share_real": "the same, tokens alone",
+        "top5_mass": "mass of top 5 %",
+        "diagonal_mass": "mass on the diagonal",
+    },
 }
 
 
@@ -36,76 +46,83 @@ def metrics(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def motivation(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """The paper's figure 1: one map of each model with its block means; below, the shares it speaks of, by layer.
+    """The paper's figure 1: one map of each model with its block means; below, a quantity a panel, by moment.
 
     Takes the first row of each kind, "image" and "text".
     """
     chosen = rows.drop_duplicates("kind").sort_values("kind")  # image, then text
-    figure, axes = new(PAGE, 4.1, 2, 4)
+    style()
+    figure = Figure(figsize=(PAGE, 2.1 + 1.75 * len(chosen)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[2.05, 1.75 * len(chosen)])
+    maps, panels = above.subplots(1, 4, squeeze=False), below.subplots(len(chosen), 4, squeeze=False)
     lines = metrics(chosen)
-    by_layer = lines.groupby(["kind", "moment", "layer"], sort=False).mean(numeric_only=True).reset_index()
     for place, (_, row) in enumerate(chosen.iterrows()):
-        columns = slice(2 * place, 2 * place + 2)
-        part = by_layer[by_layer["kind"] == row["kind"]]
-        _map_and_blocks(axes[0, columns], row)
-        _by_layer(axes[1, 2 * place], part, row["kind"])
+        _map_and_blocks(maps[0, 2 * place : 2 * place + 2], row)
+        names, part = SHARES[row["kind"]], lines[lines["kind"] == row["kind"]]
+        for axis, (name, title) in zip(panels[place], names.items(), strict=False):
+            _by_moment(axis, part, name, title)
+        panels[place, 0].set_ylabel(f"{row['kind']} (%)")
         if row["kind"] == "image":
-            _profile(axes[1, 2 * place + 1], row)
-        else:
-            _text_shares(axes[1, 2 * place + 1], part)
-    for axis in axes[:, 2 * len(chosen) :].flat:
+            _profile(_joined(panels[place, len(names) :]), row)
+    for axis in maps[0, 2 * len(chosen) :]:
         axis.remove()
-    handles = axes[1, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=4, frameon=False)
     return figure, lines
 
 
 def _map_and_blocks(axes: np.ndarray, row: pd.Series) -> None:
-    values = np.array(row["shown"], float) / 1e5
+    """A map and its block means, as multiples of an even map's entry."""
+    values = row["length"] * np.array(row["shown"], float) / 1e5
     blocks = pool_blocks(torch.from_numpy(values), 16).numpy()
-    name = f"{MODEL_NAMES.get(row['model'], row['model'])}, {DATA_NAMES[row['data']]}"
-    for axis, image, title in zip(axes, (values, blocks), (name, "means of 16 x 16"), strict=True):
+    name = f"{MODEL_NAMES.get(row['model'], row['model'])},\n{DATA_NAMES[row['data']]}"
+    for axis, image, title in zip(axes, (values, blocks), (name, "the same,\nmeans of 16 x 16"), strict=True):
         top = np.quantile(image, 0.995) or image.max()
-        axis.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, top), interpolation="nearest")
+        shown = axis.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, top), interpolation="nearest")
+        bar = axis.figure.colorbar(shown, ax=axis, shrink=0.7, extend="max" if image.max() > top else "neither")
+        bar.ax.set_title("x 1/L", fontsize=7, loc="left")
+        bar.ax.tick_params(labelsize=7)
+        bar.locator = MaxNLocator(3, integer=True)
         axis.set_title(title)
         axis.set(xticks=[], yticks=[])
-    head = f"layer {row['shown_layer'] + 1}, head {row['shown_head'] + 1}"
-    axes[0].set_xlabel(head)
+    axes[0].set_xlabel(f"layer {row['shown_layer'] + 1}, head {row['shown_head'] + 1}")
     if row["kind"] == "text":
         axes[1].set_xlabel(f"{row['tokens']} of {row['length']} are tokens")
 
 
-def _by_layer(axis: Axes, part: pd.DataFrame, kind: str) -> None:
-    """Share of small entries (round) and mass of the largest 5 % (square) over the layers."""
-    for moment, look in MOMENTS.items():
-        some = part[part["moment"] == moment]
-        axis.plot(some["layer"] + 1, some["small_share"], marker="o", markersize=2.5, label=moment, **look)
-        axis.plot(some["layer"] + 1, some["top5_mass"], marker="s", markersize=2.5, linewidth=0.6, **look)
-    axis.set(xlabel="layer", ylim=(-0.03, 1.03), ylabel="● below 1/(10 L)   ■ mass of top 5 %", title=kind)
+def _by_moment(axis: Axes, part: pd.DataFrame, name: str, title: str) -> None:
+    """A share before, during and after fine-tuning: layers as thin lines, their mean as a thick one."""
+    layers = 100 * part.pivot_table(index="moment", columns="layer", values=name).reindex(MOMENTS)
+    axis.plot(layers.mean(axis=1).to_numpy(), "-o", color=PALETTE["sat"], markersize=4, linewidth=1.6, zorder=3)
+    axis.plot(layers.to_numpy(), color="0.65", linewidth=0.7)
+    axis.set(xticks=range(len(layers)), title=title, ylim=(-3, 103), xlim=(-0.3, len(layers) - 0.7))
+    axis.set_xticklabels(layers.index, rotation=40, ha="right", rotation_mode="anchor")
+    last = layers.iloc[-1]
+    if last.notna().any():
+        ends = {int(last.idxmin()): last.min(), int(last.idxmax()): last.max()}
+        end_labels(axis, [(value, f"layer {layer + 1}", (0.4, 0.4, 0.4)) for layer, value in ends.items()], gap=0.13)
     sns.despine(ax=axis)
+
+
+def _joined(axes: np.ndarray) -> Axes:
+    """One panel in the place of several neighbours."""
+    figure, places = axes[0].get_figure(root=False), [axis.get_subplotspec() for axis in axes]
+    for axis in axes:
+        axis.remove()
+    row = places[0].rowspan.start
+    return figure.add_subplot(places[0].get_gridspec()[row, places[0].colspan.start : places[-1].colspan.stop])
 
 
 def _profile(axis: Axes, row: pd.Series) -> None:
     """Mean entry by distance between two patches, over all layers; ticks at the rows of the grid."""
-    profiles = pd.DataFrame(row["profiles"])
+    profiles, ends = pd.DataFrame(row["profiles"]), []
     for moment, look in MOMENTS.items():
         some = np.array(profiles[profiles["moment"] == moment]["profile"].tolist())
-        axis.plot(some.mean(0), linewidth=0.8, **look)
+        if len(some):
+            axis.plot(some.mean(0), linewidth=0.9, **look)
+            ends.append((some.mean(0)[-1], moment, to_rgb(look["color"])))
     grid = int(row["grid"])
-    axis.set(xlabel="distance (patches)", ylabel="mean entry / mean of all")
-    axis.set(xticks=np.arange(0, 4 * grid + 1, grid), title=f"image, grid of {grid} x {grid}")
-    sns.despine(ax=axis)
-
-
-def _text_shares(axis: Axes, part: pd.DataFrame) -> None:
-    """Padding left out: small entries among real tokens alone, and the mass on the diagonal."""
-    for moment, look in MOMENTS.items():
-        some = part[part["moment"] == moment]
-        axis.plot(some["layer"] + 1, some["small_share_real"], marker="o", markersize=2.5, **look)
-        axis.plot(some["layer"] + 1, some["diagonal_mass"], marker="^", markersize=2.5, linewidth=0.6, **look)
-    axis.set(
-        xlabel="layer", ylim=(-0.03, 1.03), ylabel="● small, real tokens   ▲ diagonal", title="text, padding left out"
-    )
+    axis.set(xlabel="distance (patches)", title="mean entry by distance (x mean of all)")
+    axis.set(xticks=np.arange(0, 4 * grid + 1, grid))
+    end_labels(axis, ends, gap=0.13)
     sns.despine(ax=axis)
 
 

@@ -149,22 +149,41 @@ def _curves(axes: np.ndarray, history: pd.DataFrame, transition: float | None) -
         sns.despine(ax=axis)
 
 
+def kept_mass(maps: dict) -> pd.DataFrame:
+    """A line per layer: the share of the map at the transition that its kept blocks hold, beside best and chance.
+
+    Columns:
+        kept: of the blocks that were kept. best: of the largest as many. density: what random blocks hold on average.
+    """
+    lines = []
+    for values, grid in zip(maps["transition"], maps["kept"], strict=True):
+        mass, grid = np.array(values, float) / np.sum(values), np.array(grid, bool)
+        largest = np.sort(mass, axis=None)[::-1][: grid.sum()]
+        lines.append({"kept": mass[grid].sum(), "best": largest.sum(), "density": grid.mean()})
+    return pd.DataFrame(lines, columns=["kept", "best", "density"])
+
+
 def _maps(axes: np.ndarray, maps: dict) -> None:
-    """A row per layer: pooled map at step 0 and at the transition, R~, kept blocks."""
-    titles = {"start": "map, step 0", "transition": "map, transition", "scores": "R~, transition", "kept": "kept"}
+    """A row per layer: pooled map at step 0 and at the transition, R~, and the kept blocks with what they hold."""
+    titles = {"start": "map, step 0", "transition": "map, transition", "scores": "R~, transition"}
+    held = kept_mass(maps) if {"transition", "kept"} <= maps.keys() else None
     for layer, line in enumerate(axes):
-        for axis, (name, title) in zip(line, titles.items(), strict=True):
+        for axis, name in zip(line, (*titles, "kept"), strict=True):
             axis.set(xticks=[], yticks=[])
             if name not in maps:
                 axis.text(0.5, 0.5, "no transition", ha="center", va="center", fontsize=7)
                 continue
             values = np.array(maps[name][layer], float)
-            image = axis.imshow(values, cmap="Greys" if name == "kept" else "viridis", interpolation="nearest")
-            axis.set_title(title)
-            if name != "kept":
-                bar = axis.figure.colorbar(image, ax=axis, shrink=0.85)
-                bar.ax.tick_params(labelsize=7)
-                bar.formatter.set_powerlimits((-2, 3))
+            if name == "kept":
+                axis.imshow(values, cmap="Greys", interpolation="nearest")
+                axis.set_title(f"kept: {held['kept'][layer]:.1%} of mass", fontweight="bold")
+                axis.set_xlabel(f"best {held['best'][layer]:.1%}, chance {held['density'][layer]:.1%}")
+                continue
+            image = axis.imshow(values, cmap="viridis", interpolation="nearest")
+            axis.set_title(titles[name])
+            bar = axis.figure.colorbar(image, ax=axis, shrink=0.85)
+            bar.ax.tick_params(labelsize=7)
+            bar.formatter.set_powerlimits((-2, 3))
         line[0].set_ylabel(f"layer {layer + 1}, block row")
 
 

@@ -47,16 +47,20 @@ def test_motivation():
     image, blocks, text = (figure.axes[place].images[0].get_array() for place in (0, 1, 2))
     assert (image.shape, blocks.shape, text.shape) == ((65, 65), (5, 5), (40, 40))
     assert len(drawn) == 2 * 4 * 2 * 3
-    by_layer = figure.axes[4].lines[0]
-    np.testing.assert_allclose(by_layer.get_ydata(), [0.001, 0.011])
-    np.testing.assert_array_equal(by_layer.get_xdata(), [1, 2])
+    panel = next(axis for axis in figure.axes if axis.get_ylabel() == "image (%)")
+    mean, first, second = (line.get_ydata() for line in panel.lines)
+    np.testing.assert_allclose(mean, [0.6] * len(MOMENTS))  # heads 0.001, layers 0.01 apart
+    np.testing.assert_allclose(second - first, [1.0] * len(MOMENTS))
+    assert [label.get_text() for label in panel.get_xticklabels()] == list(MOMENTS)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles.count("entries below 1/(10 L)") == 2 and titles.count("the same, tokens alone") == 1
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_motivation_of_one_kind_alone(kind):
     rows = pd.DataFrame([motivation_row(kind, 65, 8 if kind == "image" else None)])
     figure, _ = pretrained.motivation(rows)
-    assert len(figure.axes) == 4
+    assert len(figure.axes) == 2 * 2 + {"image": 3, "text": 4}[kind]  # maps with colour bars, quantities
 
 
 def test_motivation_table():
