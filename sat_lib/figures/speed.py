@@ -66,10 +66,13 @@ def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     shown = shown[shown["task"].isin(tasks)]
     places = list(shown.groupby("of")["ms"].min().sort_values().index)
     figure, axes = new(PAGE, 1.2 + 0.52 * len(places), 2, len(tasks), sharey=True, sharex="row")
+    panels = [(axis, shown[shown["task"] == task], name)
+              for line, name in zip(axes, ("ms", "gib"), strict=True)
+              for axis, task in zip(line, tasks, strict=True)]  # fmt: skip
+    for draw in (_step_marks, _step_values):
+        for panel in panels:
+            draw(*panel, places)
     for column, task in enumerate(tasks):
-        part = shown[shown["task"] == task]
-        for axis, name in zip(axes[:, column], ("ms", "gib"), strict=True):
-            _step_marks(axis, part, name, places)
         axes[0, column].set_title(task_name(task))
         axes[0, column].set_xlabel("training step (ms, median)")
         axes[1, column].set_xlabel("peak memory of a step (GiB)")
@@ -102,8 +105,7 @@ def _step_marks(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) ->
             value = getattr(line, name)
             axis.plot(value, place, **_look(line.compute, line.step_kind, colour))
             if name == "ms":
-                axis.plot([line.low_ms, line.high_ms], [place, place], color="0.2", linewidth=0.7)
-            axis.annotate(f"{value:.3g}", (value, place), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+                axis.plot([line.low_ms, line.high_ms], [place, place], color="0.2", linewidth=0.8, zorder=1)
     axis.set(xscale="log", yticks=range(len(places)), yticklabels=places, ylim=(len(places) - 0.5, -0.8))
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -111,6 +113,18 @@ def _step_marks(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) ->
     axis.grid(axis="y", color="0.92", linewidth=0.6)
     axis.margins(x=0.06)
     sns.despine(ax=axis)
+
+
+def _step_values(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) -> None:
+    """The numbers above the marks, once all panels are drawn; one that would cover another is left out."""
+    low, high = np.log(axis.get_xlim())
+    for label, lines in part.dropna(subset=name).groupby("of"):
+        last = -np.inf
+        for value in sorted(lines[name]):
+            if (np.log(value) - last) / (high - low) > 0.13:
+                last, text = np.log(value), f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+                place = (value, places.index(label))
+                axis.annotate(text, place, (0, 4), textcoords="offset points", ha="center", fontsize=7)
 
 
 def over_sat(rows: pd.DataFrame) -> pd.Series:
