@@ -45,6 +45,8 @@ def overview_figure(frames: Frames) -> tuple[Figure, pd.DataFrame]:
 def attention_times(frames: Frames) -> pd.DataFrame:
     """A line per method, density and length: forward and backward of one example, FlexAttention at its fastest block.
 
+    SDPA computes everything at any density, so it has one.
+
     Columns:
         method: "fused", "sdpa" or "flex". us_per_example: microseconds. over_sat: as many times as long as "fused" of
         the same length and density takes; NaN without it.
@@ -56,6 +58,7 @@ def attention_times(frames: Frames) -> pd.DataFrame:
     rows = rows.assign(method=rows["method"].str.replace(r"^flex \d+$", "flex", regex=True))
     rows = rows[rows["sweep"].isin(["length", "density"]) & rows["method"].isin(SPEED)]
     rows = rows[np.isclose(rows["density"].astype(float).to_numpy()[:, None], DENSITIES).any(axis=1)]
+    rows = rows[(rows["method"] != "sdpa") | np.isclose(rows["density"].astype(float), DENSITIES[0])]
     rows = rows.assign(us_per_example=1000 * column(rows, "forward_backward_ms") / column(rows, "batch"))
     rows = rows.dropna(subset="us_per_example").sort_values(["sweep", "us_per_example"], ascending=[False, True])
     rows = rows.drop_duplicates(["method", "density", "length"])  # the sweep of lengths before that of densities
@@ -70,9 +73,8 @@ def _draw_times(axis: Axes, times: pd.DataFrame) -> None:
     for method, name in SPEED.items():
         few, more = (times[(times["method"] == method) & np.isclose(times["density"], value)] for value in DENSITIES)
         axis.plot(few["length"], few["us_per_example"], "-o", color=COLOURS[method], markersize=3.5, linewidth=1.2)
-        if method != "sdpa":
-            look = {"color": COLOURS[method], "markersize": 4, "markerfacecolor": "white"}
-            axis.plot(more["length"], more["us_per_example"], "o", **look)
+        look = {"color": COLOURS[method], "markersize": 4, "markerfacecolor": "white"}
+        axis.plot(more["length"], more["us_per_example"], "o", **look)
         for line in few.tail(1).itertuples():
             times_sat = "" if method == "fused" or np.isnan(line.over_sat) else f"\n{line.over_sat:.1f} x SAT"
             ends.append((line.us_per_example, name + times_sat, COLOURS[method]))
@@ -95,7 +97,7 @@ def _short(length: float) -> str:
 
 
 def accuracy_lines(frames: Frames) -> pd.DataFrame:
-    """A line per attention and number of steps, with the weights of the last step or averaged ones, best first.
+    """A line per attention and number of steps, with averaged weights or without, best first.
 
     Columns:
         attention: or SAT's preset, which has averaged weights by itself. percent, error: mean over seeds and its
