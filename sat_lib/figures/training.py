@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from . import COLUMN, PAGE, PALETTE, new, style
-from .published import published_value, task_name
+from .labels import list_downward
+from .published import attention_name, published_value, task_name
 
 PHASES = ("dense", "sparse")
 
@@ -191,30 +192,47 @@ def _maps(axes: np.ndarray, maps: dict) -> None:
 
 
 def accuracy(rows: pd.DataFrame, published: bool = True) -> tuple[Figure, pd.DataFrame]:
-    """Test accuracy by task and attention: every seed a dot, the mean a bar, the published mean a diamond.
+    """Test accuracy by attention, a panel a task: every seed a small dot, over it the mean with two standard errors,
+    and below it the published mean, a hollow diamond. Axes are cut to what is drawn.
 
     `published` False leaves that out: for runs that can't be set beside it.
     """
     drawn = rows[["task", "attention", "seed", "test_accuracy", "phase"]].copy()
     drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
-    tasks = list(dict.fromkeys(drawn["task"]))
-    figure, ((axis,),) = new(PAGE, 2.4)
-    common = {"data": drawn, "x": "task", "y": "accuracy_percent", "hue": "attention", "ax": axis, "order": tasks}
-    sns.barplot(**common, errorbar=None, palette=PALETTE, alpha=0.45)
-    sns.stripplot(**common, dodge=True, palette=PALETTE, size=3.5, legend=False, jitter=False)
-    attentions = list(dict.fromkeys(drawn["attention"]))
-    for place, name in enumerate(tasks):
-        for side, attention in enumerate(attentions):
-            mean = _published_mean(attention, name) if published else None
-            if mean is not None:
-                x = place + 0.8 * ((side + 0.5) / len(attentions) - 0.5)
-                axis.plot(x, mean, "D", color="black", markersize=3, markerfacecolor="none", label="published")
-    axis.set(xlabel="", ylabel="test accuracy (%)", xticks=range(len(tasks)))
-    axis.set_xticklabels([task_name(name) for name in tasks])
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    sns.despine(ax=axis)
+    tasks, attentions = (list(dict.fromkeys(drawn[name])) for name in ("task", "attention"))
+    width = COLUMN if len(tasks) == 1 else PAGE
+    figure, (axes,) = new(width, 0.8 + 0.27 * len(attentions), 1, len(tasks), sharey=True)
+    for axis, task in zip(axes, tasks, strict=True):
+        of_task = drawn[drawn["task"] == task]
+        for row, attention in enumerate(attentions):
+            values = of_task.loc[of_task["attention"] == attention, "accuracy_percent"]
+            _draw_seeds(axis, row, values, PALETTE[attention])
+        if published:
+            _draw_published(axis, {row: _published_mean(attention, task) for row, attention in enumerate(attentions)})
+        axis.set_title(task_name(task), loc="left", fontweight="bold")
+        axis.set_xlabel("test accuracy (%) ± 2 standard errors" if len(tasks) == 1 else "test accuracy (%) ± 2 s.e.")
+        axis.tick_params(axis="y", length=0)
+        sns.despine(ax=axis, left=True)
+    list_downward(axes[0], {attention_name(name): row for row, name in enumerate(attentions)}, {})
     return figure, drawn
+
+
+def _draw_seeds(axis: Axes, row: int, values: pd.Series, colour) -> None:
+    """A line of the figure of accuracies: the seeds above, their mean on it; nothing where there is none."""
+    axis.axhline(row, color="0.92", linewidth=0.6, zorder=-1)
+    axis.plot(values, [row - 0.25] * len(values), ".", color=colour, markersize=3)
+    if len(values):
+        error = 2 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
+        axis.errorbar(values.mean(), row, xerr=error, fmt="o", color=colour, markersize=5, linewidth=1)
+
+
+def _draw_published(axis: Axes, means: dict[int, float | None]) -> None:
+    """A hollow diamond below each line; the lowest is named."""
+    there = {row: mean for row, mean in means.items() if mean is not None}
+    for row, mean in there.items():
+        axis.plot(mean, row + 0.28, "D", color="black", markersize=3.5, markerfacecolor="white", markeredgewidth=0.8)
+    for row, mean in list(there.items())[-1:]:
+        axis.annotate("published", (mean, row + 0.28), (5, 0), textcoords="offset points", fontsize=7, va="center")
 
 
 def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:

@@ -99,7 +99,7 @@ STAGES = (
         "06_switch_table",
         "06_diagnosis_table",
         "06_best_table",
-        figures=("06_diagnosis",),
+        figures=("06_changes", "06_diagnosis"),
         experiments=("ablations", "diagnosis", "best", "accuracy", "accuracy_short"),
     ),
     _figure(

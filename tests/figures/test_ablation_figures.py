@@ -4,7 +4,7 @@ import pytest
 
 from sat_lib import experiments
 from sat_lib.experiments import ablations as ablations_experiment
-from sat_lib.figures import ablations
+from sat_lib.figures import ablations, ablations_figure, changes, diagnosis
 from sat_lib.figures.judge import gap
 from sat_lib.training.recipe import case_config
 
@@ -43,8 +43,8 @@ def rows():
 
 def test_every_layout_has_a_kind():
     layouts = [variation.value for variation in ablations_experiment.VARIATIONS if variation.group == "layout"]
-    kinds = {label: ablations.kind_of(label) for label in layouts}
-    assert kinds["calibrated"] == kinds["correlation, largest"] == "learnt by W^P"
+    kinds = {label: ablations_figure.kind_of(label) for label in layouts}
+    assert kinds["calibrated"] == kinds["correlation, largest"] == "learned by $W^P$"
     assert kinds["near, own heads"] == kinds["diagonal"] == kinds["nearest"] == "by hand"
     assert kinds["random, balanced"] == kinds["random, changing"] == "at random"
     assert kinds["gate, by row"] == kinds["correlation, refreshed"] == "measured on the dense model"
@@ -60,14 +60,72 @@ def test_summary_gives_mean_deviation_and_the_time_of_a_step_of_the_last_phase(r
     assert np.isnan(dense["deviation"]) and dense["step_ms"] == pytest.approx(10)
 
 
-def test_the_figure_draws_every_layout_by_accuracy_and_numbers_in_the_values(rows):
-    figure, drawn = ablations.ablations(rows)
+def test_every_layout_and_every_change_has_words_of_its_own():
+    layouts = [variation.value for variation in ablations_experiment.VARIATIONS if variation.group == "layout"]
+    words = [ablations_figure.layout_words(layout) for layout in layouts]
+    assert len(set(words)) == len(layouts)
+    assert not {"value, by row", "near, own heads", "calibrated"} & set(words)
+    assert ablations_figure.layout_words("attention, by row") == "most attention, by row"
+    groups = {*changes.FROM_BASE, "preset"}
+    others = [each for each in ablations_experiment.VARIATIONS if each.group in groups]
+    words = [changes.change_words(each.group, each.value) for each in others if each.group != "average"]
+    assert len(set(words)) == len(words)
+    assert {each.value for each in ablations_experiment.VARIATIONS if each.group == "rule"} == set(
+        ablations_figure.RULES
+    )
+    assert changes.change_words("density", 0.0625) == "6.25 % of the blocks"
+
+
+def test_the_figure_names_layouts_by_kind_and_accuracy_and_the_moments_of_the_transition(rows):
+    figure, drawn = ablations_figure.ablations(rows)
     assert len(drawn) == 10
-    above = figure.subfigs[0].axes[0]
-    assert [label.get_text() for label in above.get_yticklabels()] == ["correlation, learned", "attention, by row"]
-    assert [text.get_text() for text in figure.subfigs[0].axes[2].texts] == ["base", "overfit", "best", "gap"]
-    others = [label.get_text() for label in figure.subfigs[0].axes[3].get_yticklabels()]
-    assert others == ["base", "pruned zero", "rule overfit", "best"]
+    upper, lower = figure.subfigs
+    accurate, held = upper.axes[:2]
+    rows_of = {
+        label.get_text(): place for label, place in zip(accurate.get_yticklabels(), accurate.get_yticks(), strict=True)
+    }
+    named = sorted((label for label in rows_of if label), key=rows_of.get)
+    assert named == [
+        "learned by $W^P$",
+        "learned from correlation (base)",
+        "measured on the dense model",
+        "most attention, by row",
+    ]
+    place = rows_of["most attention, by row"]
+    (at,) = [line.get_xdata()[0] for line in held.lines if line.get_marker() == "o" and line.get_ydata()[0] == place]
+    assert at == pytest.approx(0.1 / 0.05)
+    forced, by_rule = lower.axes[:2]
+    assert [text.get_text() for text in forced.texts] == ["base", "best"]
+    assert {text.get_text(): text.xy[1] for text in by_rule.texts if text.get_text() != "dense"} == {
+        "1500": pytest.approx(43),
+        "750": pytest.approx(47),
+    }
+
+
+def test_the_changes_are_differences_with_their_errors_the_largest_gain_first(rows):
+    more = pd.DataFrame([row("pruned", "zero", 0.42, seed=1), row("preset", "best, random", 0.46)])
+    figure, drawn = changes.changes(pd.concat([rows, more], ignore_index=True))
+    found = drawn.set_index(["of", "group", "value"])
+    assert found.loc[("base", "pruned", "zero"), "difference"] == pytest.approx(-3)
+    assert found.loc[("base", "pruned", "zero"), "error"] == pytest.approx(np.sqrt(2))
+    assert found.loc[("best", "preset", "best, random"), "difference"] == pytest.approx(-3)
+    assert np.isnan(found.loc[("best", "preset", "best, random"), "error"])
+    assert set(found.index.get_level_values("group")) == {"dense", "pruned", "preset"}
+    axis = figure.axes[0]
+    places = {label.get_text(): place for label, place in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True)}
+    assert sorted(places, key=places.get) == [
+        "changed from the base",
+        'preset "best"',
+        "pruned entries count in the softmax",
+        "dense attention",
+        'changed from "best"',
+        "random blocks",
+    ]
+
+
+def test_the_changes_of_one_run_without_its_base_are_drawn_empty(rows):
+    figure, drawn = changes.changes(rows[rows["group"] == "pruned"])
+    assert drawn.empty and len(figure.axes) == 1
 
 
 def test_the_table_has_the_best_of_a_group_first(rows):
@@ -131,8 +189,8 @@ def test_the_best_table_sets_beside_it_runs_of_as_many_steps():
     best += [row("", "", 0.44, **averaged | {"recipe": two})]
     best += [row("", "", 0.415, **averaged | {"recipe": two | {"switch_at": 80}})]
     text = averaged["recipe"] | {"steps": 3_000}
-    for accuracy, changes in ((0.6, {"switch_at": 80}), (0.5, {}), (0.4, {"density": 3 / 64})):
-        best.append(row("", "", accuracy, task="agnews", **averaged | {"recipe": text | changes}))
+    for accuracy, changed in ((0.6, {"switch_at": 80}), (0.5, {}), (0.4, {"density": 3 / 64})):
+        best.append(row("", "", accuracy, task="agnews", **averaged | {"recipe": text | changed}))
     others = [row("", "", 0.42), row("", "", 0.40, at=None), row("", "", 0.9, at=None, steps=9_999)]
     others = [line | {"experiment": "accuracy"} for line in others]
     frames = {"best": pd.DataFrame(best), "accuracy": pd.DataFrame(others), "accuracy_short": pd.DataFrame()}
@@ -161,9 +219,13 @@ def test_the_diagnosis_is_drawn_by_task_and_initialisation():
             for init, value in (("released", 0.25), ("calibrated", 1.0))
         ]
     )
-    figure, drawn = ablations.diagnosis(rows)
+    figure, drawn = diagnosis.diagnosis(rows)
     assert len(drawn) == 8 and len(figure.axes) == 4
-    table = ablations.diagnosis_table(rows).set_index("W^P starts")
+    released, _, of_form = figure.axes[0].lines
+    assert list(released.get_ydata()) == [1, 1] and list(of_form.get_ydata()) == [1, 1]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"released", "calibrated", "best of its form"}
+    assert [len(axis.collections) for axis in figure.axes] == [2] * 4
+    table = diagnosis.diagnosis_table(rows).set_index("W^P starts")
     assert list(table["mass kept %"]) == ["25.0", "100.0"]
     assert list(table["step"]) == [20, 20] and list(table["runs"]) == [2, 2]
 
