@@ -161,13 +161,14 @@ def _draw_switches(part: SubFigure, drawn: pd.DataFrame, tasks: list[str]) -> No
         by_rule.sharey(forced)
         of_task = drawn[drawn["task"] == task]
         _forced(forced, of_task)
-        _by_rules(by_rule, of_task)
+        by_rule.set_visible(_by_rules(by_rule, of_task))
+        shown = [axis for axis in (forced, by_rule) if axis.get_visible()]
         dense = of_task.loc[of_task["group"] == "dense", "percent"]
         for percent in dense:
-            for axis in (forced, by_rule):
+            for axis in shown:
                 axis.axhline(percent, color=PALETTE["dense"], linestyle=":", linewidth=1, zorder=0)
         forced.set_title(task_name(task), loc="left", fontweight="bold")
-        at_ends(by_rule, [(percent, "dense", PALETTE["dense"]) for percent in dense])
+        at_ends(shown[-1], [(percent, "dense", PALETTE["dense"]) for percent in dense])
     part.suptitle("When to switch?", x=0.01, ha="left", fontsize=8, fontweight="bold")
 
 
@@ -185,8 +186,8 @@ def _forced(axis: Axes, of_task: pd.DataFrame) -> None:
     sns.despine(ax=axis)
 
 
-def _by_rules(axis: Axes, of_task: pd.DataFrame) -> None:
-    """The rules beside the steps, and next to each point the mean step at which it came."""
+def _by_rules(axis: Axes, of_task: pd.DataFrame) -> bool:
+    """The rules beside the steps, and next to each point the mean step at which it came; whether any came."""
     for name, _, rules in switches(of_task):
         came, side = rules.dropna(subset="transition_step"), {"base": "left", "best": "right"}[name]
         at = [list(RULES).index(rule) + {"left": -0.08, "right": 0.08}[side] for rule in came["value"]]
@@ -197,6 +198,7 @@ def _by_rules(axis: Axes, of_task: pd.DataFrame) -> None:
     axis.set(xlim=(-0.7, len(RULES) - 0.4), xlabel="or by a rule on the loss\n(number: the step)")
     axis.tick_params(axis="y", labelleft=False, length=0)
     sns.despine(ax=axis, left=True)
+    return bool(axis.texts)
 
 
 def _points(axis: Axes, at, lines: pd.DataFrame, name: str, line: str = "") -> None:

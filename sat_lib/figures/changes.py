@@ -21,8 +21,8 @@ FROM_BASE = {  # what is changed of the base, and what a value of it is called
     "average": "moving average of the weights",
     "dropout": "dropout of {}",
     "mean_over": "{}",
-    "theta": "published test, theta {}",
-    "delta": "published test, delta {} %",
+    "theta": "switched by the maps, theta {}",
+    "delta": "switched by the maps, delta {} %",
 }
 WORDS = {
     ("pruned", "zero"): "pruned entries count in the softmax",

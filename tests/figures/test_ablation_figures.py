@@ -102,6 +102,14 @@ def test_the_figure_names_layouts_by_kind_and_accuracy_and_the_moments_of_the_tr
     }
 
 
+def test_where_no_rule_came_there_is_no_panel_for_rules_and_a_lone_seed_has_no_interval(rows):
+    without = rows[~rows["value"].isin(["overfit", "gap"]) & (rows["seed"] == 0)]
+    figure, _ = ablations_figure.ablations(without)
+    forced, by_rule = figure.subfigs[1].axes[:2]
+    assert not by_rule.get_visible() and "dense" in {text.get_text() for text in forced.texts}
+    assert not any(len(interval) for each in forced.collections for interval in each.get_segments())
+
+
 def test_the_changes_are_differences_with_their_errors_the_largest_gain_first(rows):
     more = pd.DataFrame([row("pruned", "zero", 0.42, seed=1), row("preset", "best, random", 0.46)])
     figure, drawn = changes.changes(pd.concat([rows, more], ignore_index=True))

@@ -46,7 +46,7 @@ def test_the_axis_of_accuracies_is_cut_and_the_published_means_can_be_left_out(r
 
 
 def test_labels_at_the_ends_of_lines_are_moved_apart_in_their_order_and_stay_beside_the_panel():
-    figure, ((axis,),) = training.new(2, 2)
+    _, ((axis,),) = training.new(2, 2)
     axis.set_ylim(0, 10)
     labels.at_ends(axis, [(10, "first", "black"), (9.9, "second", "black"), (2, "third", "black")])
     found = {text.get_text(): text.xy[1] for text in axis.texts}
