@@ -56,7 +56,7 @@ browsertest: setup  ## click the explorer in a real JupyterLab; needs Chromium, 
 		command -v "$$name" >/dev/null 2>&1 && exit 0; done; \
 		echo "no Chromium found. Install it (Debian, Ubuntu: sudo apt install chromium), or name it in CHROMIUM"; exit 1
 	@$(VENV) -m pip install -qq -e ".[browser]"
-	@$(VENV) -m pytest tests/test_lab.py
+	@$(VENV) -m pytest tests/explorer/test_lab.py
 
 gputest: setup  ## run the GPU tests, and every kernel under compute-sanitizer; appends to data/results/gpu_tests.jsonl
 	@$(VENV) tests/gpu_summary.py

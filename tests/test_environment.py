@@ -46,6 +46,12 @@ def test_makefile_finds_the_torch_pin():
     assert re.findall(pattern, (ROOT / "pyproject.toml").read_text(), re.MULTILINE) == ["torch==2.13.0"]
 
 
+def test_files_that_the_makefile_names_are_there():
+    named = re.findall(r"(?<![\w/])(?:tests|notebooks|data)/[\w/]+\.\w+", (ROOT / "Makefile").read_text())
+    assert len(named) >= 2
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_citation_gives_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
