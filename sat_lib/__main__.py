@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from .common import files
-from .common.errors import InputError
+from .common.errors import InputError, require
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,9 +77,9 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 def _data_list(options) -> int:
     from . import datasets
-    from .datasets import pairs as sentence_pairs
+    from .datasets import pairs
 
-    for row in [*datasets.describe(), sentence_pairs.describe()]:
+    for row in [*datasets.describe(), pairs.describe()]:
         splits = ", ".join(f"{name} {count:,}" for name, count in (row["splits"] or {}).items())
         length = f"L {row['length']:5}" if "length" in row else ""  # pairs are cut by the tokenizer
         print(f"{row['name']:12} {row['kind']:8} {length:7} {row['classes']:3} classes  {row['state']:12} {splits}")
@@ -88,10 +88,10 @@ def _data_list(options) -> int:
 
 def _data_prepare(options) -> int:
     from . import datasets
-    from .datasets import pairs as sentence_pairs
+    from .datasets import pairs
 
     if options.task == "mrpc":
-        folder = sentence_pairs.prepare_mrpc(options.source)
+        folder = pairs.prepare_mrpc(options.source)
     else:
         folder = datasets.prepare(options.task, source=options.source)
     print(f"{options.task} is ready in {folder}")
@@ -119,7 +119,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(options) -> int:
     from . import datasets
-    from .common import distributed, files
+    from .common import distributed
     from .common.device import device_name, pick_device
     from .training.fit import NonFiniteLoss, fit
     from .training.recipe import run_config
@@ -204,7 +204,6 @@ def _pretrain_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(options) -> int:
-    from .common import files
     from .common.device import device_name, pick_device
     from .pretrained import cifar_vit
 
@@ -260,6 +259,8 @@ def _reproduce(options) -> int:
     from .reproduce import run
     from .reproduce.documents import DOCUMENTS, quote
 
+    nothing = options.dry_run or options.figures_only
+    require(not (options.record and nothing), "record: wanted a run that measures. Leave --record or the other option")
     how = {"force": options.force, "dry_run": options.dry_run, "draw_only": options.figures_only}
     profile = options.profile or ("paper" if options.figures_only else "smoke")
     status = run(profile, tuple(options.stages), **how)

@@ -1,3 +1,5 @@
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,6 +41,8 @@ def test_train_runs_and_goes_on(tmp_path, monkeypatch, capsys):
         (["bench", "speed"], "experiment: wanted one of"),
         (["bench", "attention", "--profile", "huge"], "profile: wanted one of"),
         (["reproduce", "99_nothing"], "99_nothing"),
+        (["reproduce", "--record", "--dry-run"], "record: wanted a run that measures"),
+        (["reproduce", "--record", "--figures-only"], "record: wanted a run that measures"),
     ],
 )
 def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, tmp_path, monkeypatch):
@@ -47,6 +51,26 @@ def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, tm
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_an_installed_package_works_in_the_present_folder_and_says_what_wants_the_checkout(tmp_path):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(files.PACKAGE, tmp_path / "site-packages" / "sat_lib", ignore=ignored)
+    (tmp_path / "work").mkdir()
+
+    def python(*arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "work", env=environment)
+
+    said = python("-c", "from sat_lib.common import files; print(files.PACKAGE, files.ROOT, files.commit(), sep='\\n')")
+    assert said.stdout.split() == [f"{tmp_path}/site-packages/sat_lib", f"{tmp_path}/work", "unknown"]
+    listed = python("-m", "sat_lib", "data", "list")
+    assert listed.returncode == 0 and "digits16" in listed.stdout
+    for command in (["reproduce"], ["reproduce", "--figures-only", "--dry-run"]):
+        refused = python("-m", "sat_lib", *command)
+        assert refused.returncode == 2 and "has no notebooks" in refused.stderr and "in a checkout" in refused.stderr
+    assert list(tmp_path.rglob("work/*")) == []
 
 
 def small_shape(_profile):

@@ -14,7 +14,8 @@ import filelock
 from .errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # sat_lib
-ROOT = PACKAGE.parent  # the checkout: notebooks, data, figures, runs lie here
+CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()  # False: installed from a wheel
+ROOT = PACKAGE.parent if CHECKOUT else Path.cwd()  # notebooks, data, figures, runs lie here
 
 
 @contextlib.contextmanager
@@ -112,9 +113,11 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 def commit(root: Path = ROOT) -> str:
     """$SAT_LIB_COMMIT, for a copy that git can't tell the commit of; else the checkout's, "-dirty" appended where code
-    or notebooks differ; else "unknown"."""
+    or notebooks differ; else, as for a package that was installed from a wheel, "unknown"."""
     if "SAT_LIB_COMMIT" in os.environ:
         return os.environ["SAT_LIB_COMMIT"]
+    if not CHECKOUT:
+        return "unknown"
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

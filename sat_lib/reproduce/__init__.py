@@ -164,11 +164,13 @@ def run(
         parameters: values for the notebooks' parameters, such as {"device": "cpu"}; another value makes stale.
 
     Raises:
-        InputError: an unknown profile or stage, a notebook that breaks the rules of `stages.stage_key`, or another
-            run of this profile is going on.
+        InputError: no notebooks, as in an installed wheel; an unknown profile or stage; a notebook that breaks the
+            rules of `stages.stage_key`; or another run of this profile is going on.
     """
     require(profile in PROFILES, f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
     chosen, place = _choose(only, stages), Place(Path(root), profile, parameters or {}, draw_only)
+    absent = f"{root} has no notebooks. They are in the repository, not in a wheel: run this in a checkout"
+    require((place.root / "notebooks").is_dir(), absent)
     if dry_run:
         return _print_plan(place, {stage: place.why_stale(stage, force) for stage in chosen})
     with files.lock(place.runs / "lock", f"reproduce --profile {profile}"):
