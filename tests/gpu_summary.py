@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sat_lib.common import device as timing
 from sat_lib.common import files
+from sat_lib.common.device import pick_device, stamp
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
@@ -29,7 +29,7 @@ class Outcomes:
 
 
 def main() -> int:
-    device = timing.pick_device("cuda")
+    device = pick_device("cuda")
     outcomes, start = Outcomes(), time.perf_counter()
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[outcomes])
     result = dict(outcomes.counts) | {"failures": outcomes.failures}
@@ -44,7 +44,7 @@ def main() -> int:
         if done.returncode:
             print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
     row = {"experiment": "gpu_tests", "case": {"tests": "all marked gpu", "sanitizer": "tests/sanitizer_calls.py"}}
-    row |= {"result": result, "stamp": timing.stamp(device)}
+    row |= {"result": result, "stamp": stamp(device)}
     files.append_row(files.ROOT / "data/results/gpu_tests.jsonl", row)
     return int(status or any(result[tool]["status"] for tool in TOOLS))
 

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py lets two processes do: functions that each of them calls."""
+"""What tests/common/test_distributed.py lets two processes do: functions that each of them calls."""
 
 import os
 import time

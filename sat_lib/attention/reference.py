@@ -3,8 +3,7 @@
 Any device, any floating dtype, gradients by autograd, work and memory proportional to the kept blocks. Axes: B batch,
 H heads, L positions, D head size, b block side, T kept blocks over all heads (a layout that heads share counts H
 times). The values of a sparse map are (B, T, b, b), head by head, and within a head in the order of the layout's row
-lists. Source: SPEC sections 1 to 4 of the SAT paper (doi 10.1109/ACCESS.2024.3425638), equation of the sparse softmax
-as in the authors' released kernels.
+lists. Source: the SAT paper (doi 10.1109/ACCESS.2024.3425638); the sparse softmax is that of its authors' kernels.
 """
 
 import math

@@ -1,7 +1,6 @@
 """The one exception for input that a user can mend."""
 
 
-
 class InputError(ValueError):
     """Input that cannot be used as it is: an argument, a file, a data set, a checkpoint.
 

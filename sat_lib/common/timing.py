@@ -1,4 +1,4 @@
-"""Time and memory on any device, and the stamp that says where a number comes from."""
+"""Time and memory of calls, on any device."""
 
 import contextlib
 import os

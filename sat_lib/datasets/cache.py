@@ -2,8 +2,8 @@
 
 `prepare` makes a task's cache, `load` opens it, `describe` lists what is there. A cache is `data/cache/<task>/` with
 one raw token file and one label file per split, and `meta.json` with sizes and checksums; it appears whole or not at
-all. Beside this file: `tasks.py` is the table, `downloads.py` fetches, `corpora.py` reads the official formats,
-`embedded.py` makes the sets that need no download.
+all. Beside this file: `tasks.py` is the table, `downloads.py` fetches, `readers.py` reads the official formats,
+`builtin.py` makes the sets that need no download.
 """
 
 import contextlib

@@ -8,9 +8,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..common import device as devices
 from ..common import distributed, files
-from ..common.device import device_name, pick_device
+from ..common.device import device_name, pick_device, stamp
 from ..common.errors import require
 from ..common.sources import DIGEST_RULE, source_digest
 from ..training.recipe import case_config
@@ -119,7 +118,7 @@ def measure_case(name: str, case: dict, context: Context, *, again: bool = False
     start = time.perf_counter()
     result = EXPERIMENTS[name].measure(case, context)
     row = {"experiment": name, "case": case} | ({"resolved": case_config(case).as_dict()} if trains else {})
-    row |= {"result": result, "stamp": devices.stamp(context.device)}
+    row |= {"result": result, "stamp": stamp(context.device)}
     row["stamp"]["wall_seconds"] = round(time.perf_counter() - start, 1)
     row |= {"code": context.code, "digest_rule": DIGEST_RULE}
     if distributed.rank() == 0:

@@ -33,7 +33,7 @@ from ..common import distributed, files
 from ..common.device import device_name, pick_device
 from ..common.errors import InputError, require
 from ..common.sources import source_digest
-from ..datasets import pairs as sentence_pairs
+from ..datasets.pairs import load_pairs
 from ..training.recipe import case_config
 from . import training
 from .row_files import Context, append_once, describe
@@ -211,7 +211,7 @@ def _prepare(cases: list[dict]) -> None:
     for task, protocol in sorted({(recipe.task, recipe.protocol) for recipe in recipes}):
         datasets.load(task, protocol=protocol)
     for kind, data in sorted({(case["kind"], case["data"]) for case in cases if "data" in case}):
-        sentence_pairs.load_pairs(data) if kind == "text" else datasets.load(data)
+        load_pairs(data) if kind == "text" else datasets.load(data)
 
 
 # ---- starting jobs, and whether they live ----------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import datasets
-from ..common import device as devices
 from ..common import files
+from ..common.device import stamp
 from ..common.errors import require
 from ..datasets.batches import batch_indices, to_device
 from ..datasets.tasks import task
@@ -110,7 +110,7 @@ def pretrain(settings: Pretraining, folder: Path, work: Path, device: torch.devi
             "seconds": round(seconds),
             "train_examples": len(data.train),
             **provenance,
-            "stamp": devices.stamp(device),
+            "stamp": stamp(device),
         }
         _write(model, result, folder)
     return result
@@ -213,7 +213,7 @@ def _write(model: nn.Module, result: dict, folder: Path) -> None:
 
 def model_card(result: dict) -> str:
     """README.md of the shipped model: what it is, from what, how good."""
-    settings, stamp = result["settings"], result["stamp"]
+    settings, made = result["settings"], result["stamp"]
     official = "the official archive" if result["data_official"] else "files without the official archive's checksum"
     lines = {
         "data": f"CIFAR-10 in gray as sat_lib tokenises it, {result['train_examples']:,} training images ({official})",
@@ -224,8 +224,8 @@ def model_card(result: dict) -> str:
         f"blanked, mixup {settings['mixup']}, label smoothing {settings['smoothing']}",
         "test accuracy": f"{result['test_accuracy']:.2%} of {result['test_examples']:,} images, as shipped",
         "dev accuracy": f"{result['dev_accuracy']:.2%} of {result['dev_examples']:,} images; the last step is kept",
-        "made by": f"`python -m sat_lib pretrain` at commit {stamp['commit']}, seed {settings['seed']}",
-        "on": f"{stamp['device']}, PyTorch {stamp['torch']}, {stamp['date']}",
+        "made by": f"`python -m sat_lib pretrain` at commit {made['commit']}, seed {settings['seed']}",
+        "on": f"{made['device']}, PyTorch {made['torch']}, {made['date']}",
     }
     table = "".join(f"| {name} | {text} |\n" for name, text in lines.items())
     return f"""# cifar-vit: a small ViT on gray CIFAR-10

@@ -121,7 +121,7 @@ def attention_maps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tenso
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with _evaluating(model):
+        with evaluating(model):
             maps = model(**inputs, output_attentions=True).attentions
     finally:
         model.set_attn_implementation(before)
@@ -133,7 +133,7 @@ def attention_maps(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tenso
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the length of a block; then every module's mode is what it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

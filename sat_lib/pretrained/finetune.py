@@ -1,6 +1,6 @@
 """Fine-tuning of pretrained encoders, dense or with SAT, and the time of its steps.
 
-Images are those of a `datasets` task, brought to the model's size; texts are `sentence_pairs`, cut and padded to one
+Images are those of a `datasets` task, brought to the model's size; texts are `datasets.pairs`, cut and padded to one
 length.
 """
 
@@ -29,7 +29,7 @@ from .sparse_attention import SparseAttention
 
 @dataclass(frozen=True)
 class FineTuning:
-    """One run. `kind` is "image" or "text", `data` a task of `datasets` or a name of `sentence_pairs`.
+    """One run. `kind` is "image" or "text", `data` a task of `datasets` or a name of `datasets.pairs`.
 
     The rate rises over the first tenth of the steps and falls to 0, both linearly; a switch to the sparse phase halves
     it and makes a fresh AdamW, as in training from scratch. `switch_share` forces the switch at that share of the

@@ -28,7 +28,7 @@ from ..attention.statistics import AttentionStatistics
 from ..common.errors import require
 from ..model.sparsity import LOSS_WEIGHT, SparsityParameter, freeze, model_sparsity_loss
 from ..training.transition import LayerTest, TransitionRule
-from .encoders import _evaluating
+from .encoders import evaluating
 
 PATTERNS = ("learned", "pooled")
 NAME = "sat"  # among the attention implementations of transformers
@@ -110,7 +110,7 @@ class SparseAttention(nn.Module):
         """Run the model once in evaluation mode; the layers' places are then known. Returns queries (B, H, L, d)."""
         (model,) = self._model
         _check_length(model, inputs)
-        with _evaluating(model):
+        with evaluating(model):
             model(**inputs)
         name = type(model).__name__
         require(

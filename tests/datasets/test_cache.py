@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sat_lib import datasets
 from sat_lib.common import files
 from sat_lib.common.errors import InputError
 from sat_lib.datasets import builtin, downloads, readers, tasks
-from sat_lib.datasets import cache as datasets
+from sat_lib.datasets.cache import _carve, _swap
 from sat_lib.datasets.downloads import Official
 
 # ---- small corpora in the official formats ---------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_cifar10_train_keeps_the_order_of_the_batches(tmp_path):
 def test_dev_split_of_a_full_cifar10_is_5000():
     stored = np.zeros((50_000, 1), np.uint8)
     whole = datasets.Split(stored, np.arange(50_000), np.zeros(50_000, np.int64))
-    train, dev = datasets._carve(tasks.task("cifar10"), whole)
+    train, dev = _carve(tasks.task("cifar10"), whole)
     assert (len(train), len(dev)) == (45_000, 5_000)
     assert not set(train.rows) & set(dev.rows)
 
@@ -504,7 +505,7 @@ def test_docstrings_of_installed_libraries(tmp_path, monkeypatch, capsys):
     meta = json.loads((cache / "meta.json").read_text())
     assert set(meta["versions"]) == {"python", "torch", "scipy", "pandas", "matplotlib"}
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(datasets, "_versions", lambda task: meta["versions"] | {"torch": "0.1"})
+    monkeypatch.setattr("sat_lib.datasets.cache._versions", lambda task: meta["versions"] | {"torch": "0.1"})
     datasets.prepare("docstrings", tmp_path, progress=False, sizes=sizes)
     assert "docstrings: " in (printed := capsys.readouterr().out) and "other versions of python, torch" in printed
     assert json.loads((cache / "meta.json").read_text())["versions"]["torch"] == "0.1"
@@ -673,7 +674,7 @@ def test_changed_byte_is_noticed(imdb, tmp_path, monkeypatch):
     (imdb / "train.tokens").write_bytes(content)
     with pytest.raises(InputError, match=r"train.tokens is not what was written"):
         datasets.load("imdb", tmp_path)
-    monkeypatch.setattr(datasets, "HASHED_BYTES", 0)  # as if the file were large: its date gives it away
+    monkeypatch.setattr("sat_lib.datasets.cache.HASHED_BYTES", 0)  # as if the file were large: its date gives it away
     with pytest.raises(InputError, match=r"train.tokens is not what was written"):
         datasets.load("imdb", tmp_path)
 
@@ -694,10 +695,9 @@ def _no_space(*_):
 
 @pytest.mark.parametrize("step", ["os.fsync", "np.save", "files.write_json"])
 def test_full_disk_leaves_nothing_or_the_earlier_cache(tmp_path, monkeypatch, step):
-    owner, function = step.split(".")
     official = write_reviews(tmp_path / "official")
     with monkeypatch.context() as full:
-        full.setattr(getattr(datasets, owner), function, _no_space)
+        full.setattr(f"sat_lib.datasets.cache.{step}", _no_space)
         with pytest.raises(InputError, match=r"could not write .* of imdb .*No space left.*Nothing was left behind"):
             datasets.prepare("imdb", tmp_path, official, progress=False)
     assert leftovers(tmp_path) == ["official"]
@@ -705,8 +705,8 @@ def test_full_disk_leaves_nothing_or_the_earlier_cache(tmp_path, monkeypatch, st
     datasets.load("digits16", tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "digits16").iterdir()}
     with monkeypatch.context() as full:
-        full.setattr(datasets, "_versions", lambda task: {"pillow": "0"})  # so that it is made again
-        full.setattr(getattr(datasets, owner), function, _no_space)
+        full.setattr("sat_lib.datasets.cache._versions", lambda task: {"pillow": "0"})  # so that it is made again
+        full.setattr(f"sat_lib.datasets.cache.{step}", _no_space)
         with pytest.raises(InputError, match=r"digits16 .*The earlier cache is unchanged"):
             datasets.load("digits16", tmp_path)
     assert {path.name: path.read_bytes() for path in (tmp_path / "digits16").iterdir()} == before
@@ -717,7 +717,7 @@ def test_failed_swap_brings_the_earlier_cache_back(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "file").write_text("earlier")
     with pytest.raises(FileNotFoundError):
-        datasets._swap(tmp_path / "missing", tmp_path / "cache", tmp_path / "retired")
+        _swap(tmp_path / "missing", tmp_path / "cache", tmp_path / "retired")
     assert (tmp_path / "cache" / "file").read_text() == "earlier"
 
 

@@ -14,8 +14,17 @@ from sat_lib.__main__ import main
 from sat_lib.common import files
 from sat_lib.common.errors import InputError
 from sat_lib.datasets import cache, readers, tasks
-from sat_lib.datasets import pairs as sentence_pairs
 from sat_lib.datasets.downloads import Official
+from sat_lib.datasets.pairs import (
+    MRPC,
+    MRPC_SIZES,
+    cut_in_half,
+    default_pairs,
+    is_ready,
+    load_pairs,
+    prepare_mrpc,
+    read_mrpc,
+)
 
 HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 NAMES = {"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"}
@@ -40,8 +49,8 @@ def source(tmp_path, monkeypatch):
     folder = write_mrpc(tmp_path / "source")
     for split, name in NAMES.items():
         digest = files.file_digest(folder / name, "md5")
-        monkeypatch.setitem(sentence_pairs.MRPC, split, Official(name, f"http://127.0.0.1:9/{name}", "md5", digest))
-        monkeypatch.setitem(sentence_pairs.MRPC_SIZES, split, SIZES[split])
+        monkeypatch.setitem(MRPC, split, Official(name, f"http://127.0.0.1:9/{name}", "md5", digest))
+        monkeypatch.setitem(MRPC_SIZES, split, SIZES[split])
     return folder
 
 
@@ -56,7 +65,7 @@ def left(root):
 def test_lines_become_pairs_as_they_are(tmp_path, end):
     text = HEADER + '1\t7\t8\tHe "quoted\x85 half\t a\u2028b \n0\t9\t10\té’\tz\n'
     (tmp_path / "a.txt").write_bytes(text.replace("\n", end).encode())
-    pairs = sentence_pairs.read_mrpc(tmp_path / "a.txt")
+    pairs = read_mrpc(tmp_path / "a.txt")
     assert (pairs.first, pairs.second) == (['He "quoted\x85 half', "é’"], [" a\u2028b ", "z"])
     assert pairs.labels.tolist() == [1, 0] and pairs.labels.dtype == np.int64 and len(pairs) == 2
 
@@ -81,7 +90,7 @@ GOOD = "1\t7\t8\ta\tb\n"
 def test_lines_that_do_not_fit_are_numbered(tmp_path, content, message):
     (tmp_path / "a.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"a\.txt.*" + message):
-        sentence_pairs.read_mrpc(tmp_path / "a.txt")
+        read_mrpc(tmp_path / "a.txt")
 
 
 # ---- preparing and loading MRPC --------------------------------------------------------------------------------------
@@ -89,22 +98,22 @@ def test_lines_that_do_not_fit_are_numbered(tmp_path, content, message):
 
 def test_official_files_from_a_folder(source, tmp_path, capsys):
     root = tmp_path / "cache"
-    assert sentence_pairs.default_pairs(root) == "docstrings" and not sentence_pairs.is_ready("mrpc", root)
-    folder = sentence_pairs.prepare_mrpc(source, root)
+    assert default_pairs(root) == "docstrings" and not is_ready("mrpc", root)
+    folder = prepare_mrpc(source, root)
     assert folder == root / "mrpc" and left(folder) == ["meta.json", NAMES["test"], NAMES["train"]]
     assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in NAMES.values())
-    assert sentence_pairs.default_pairs(root) == "mrpc" and sentence_pairs.is_ready("mrpc", root)
-    provenance = sentence_pairs.load_pairs("mrpc", root=root).provenance
+    assert default_pairs(root) == "mrpc" and is_ready("mrpc", root)
+    provenance = load_pairs("mrpc", root=root).provenance
     assert provenance["data_official"] is True and len(provenance["data_digest"]) == 16
     assert capsys.readouterr().out == ""
 
 
 def test_dev_is_a_tenth_of_train_and_the_same_every_time(source, tmp_path):
-    sentence_pairs.prepare_mrpc(source, tmp_path / "cache")
-    load = functools.partial(sentence_pairs.load_pairs, "mrpc", root=tmp_path / "cache")
+    prepare_mrpc(source, tmp_path / "cache")
+    load = functools.partial(load_pairs, "mrpc", root=tmp_path / "cache")
     train, dev, test, _ = load()
     assert (len(train), len(dev), len(test)) == (36, 4, 8)
-    whole = sentence_pairs.read_mrpc(source / NAMES["train"])
+    whole = read_mrpc(source / NAMES["train"])
     assert sorted(train.first + dev.first) == sorted(whole.first) and not set(train.first) & set(dev.first)
     label_of = dict(zip(whole.first, whole.labels, strict=True))
     second_of = dict(zip(whole.first, whole.second, strict=True))
@@ -112,17 +121,17 @@ def test_dev_is_a_tenth_of_train_and_the_same_every_time(source, tmp_path):
         assert [label_of[text] for text in part.first] == part.labels.tolist()
         assert [second_of[text] for text in part.first] == part.second
     assert load().dev.first == dev.first and load(seed=1).dev.first != dev.first
-    assert test.first == sentence_pairs.read_mrpc(source / NAMES["test"]).first == load(seed=1).test.first
+    assert test.first == read_mrpc(source / NAMES["test"]).first == load(seed=1).test.first
 
 
 def test_other_files_are_taken_but_not_called_official(source, tmp_path, capsys):
     path = source / NAMES["test"]
     path.write_text(path.read_text().replace("It said", "It says"))
-    sentence_pairs.prepare_mrpc(source, tmp_path / "cache")
+    prepare_mrpc(source, tmp_path / "cache")
     out = capsys.readouterr().out
     assert f"{NAMES['test']} has md5 {files.file_digest(path, 'md5')}, the official file" in out
     assert NAMES["train"] not in out
-    pairs = sentence_pairs.load_pairs("mrpc", root=tmp_path / "cache")
+    pairs = load_pairs("mrpc", root=tmp_path / "cache")
     assert pairs.provenance["data_official"] is False and pairs.test.first[0].startswith("It says")
 
 
@@ -130,37 +139,37 @@ def test_cut_or_missing_source(source, tmp_path):
     path, root = source / NAMES["train"], tmp_path / "cache"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]))
     with pytest.raises(InputError, match=r"wanted 40 pairs, got 37. Fetch it again \(http"):
-        sentence_pairs.prepare_mrpc(source, root)
+        prepare_mrpc(source, root)
     path.unlink()
     with pytest.raises(InputError, match=r"source has no msr_paraphrase_train.txt. Put it there \(http"):
-        sentence_pairs.prepare_mrpc(source, root)
+        prepare_mrpc(source, root)
     with pytest.raises(InputError, match=r"nowhere is not a folder; name the one that holds msr_paraphrase_train.txt"):
-        sentence_pairs.prepare_mrpc(tmp_path / "nowhere", root)
-    assert left(root) == [] and not sentence_pairs.is_ready("mrpc", root)
+        prepare_mrpc(tmp_path / "nowhere", root)
+    assert left(root) == [] and not is_ready("mrpc", root)
 
 
 def test_prepared_once_and_from_one_source(source, tmp_path):
     root = tmp_path / "cache"
-    folder = sentence_pairs.prepare_mrpc(source, root)
+    folder = prepare_mrpc(source, root)
     before = (folder / "meta.json").stat().st_mtime_ns
-    assert sentence_pairs.prepare_mrpc(source, root) == sentence_pairs.prepare_mrpc(root=root) == folder
+    assert prepare_mrpc(source, root) == prepare_mrpc(root=root) == folder
     assert (folder / "meta.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"was made from .*source, not from .*elsewhere: delete it"):
-        sentence_pairs.prepare_mrpc(write_mrpc(tmp_path / "elsewhere"), root)
+        prepare_mrpc(write_mrpc(tmp_path / "elsewhere"), root)
 
 
 @pytest.mark.parametrize("name", [*NAMES.values(), "meta.json"])
 def test_damaged_or_missing_file_is_noticed(source, tmp_path, name):
     root = tmp_path / "cache"
-    path = sentence_pairs.prepare_mrpc(source, root) / name
+    path = prepare_mrpc(source, root) / name
     path.write_bytes(path.read_bytes().replace(b"1", b"0"))
-    for use in (functools.partial(sentence_pairs.load_pairs, "mrpc"), sentence_pairs.prepare_mrpc):
+    for use in (functools.partial(load_pairs, "mrpc"), prepare_mrpc):
         with pytest.raises(InputError, match=r"(is damaged|not complete).*Delete .*data prepare mrpc"):
             use(root=root)
     path.unlink()
-    assert not sentence_pairs.is_ready("mrpc", root) and sentence_pairs.default_pairs(root) == "docstrings"
+    assert not is_ready("mrpc", root) and default_pairs(root) == "docstrings"
     with pytest.raises(InputError, match=r"not complete.*Delete .*data prepare mrpc"):
-        sentence_pairs.load_pairs("mrpc", root=root)
+        load_pairs("mrpc", root=root)
 
 
 @pytest.mark.parametrize("step", ["write", "write_json"])
@@ -172,12 +181,12 @@ def test_full_disk_leaves_nothing(source, tmp_path, monkeypatch, step):
     with monkeypatch.context() as full:
         full.setattr(files, step, no_space)
         with pytest.raises(InputError, match=r"could not put mrpc into .*No space left"):
-            sentence_pairs.prepare_mrpc(source, root)
+            prepare_mrpc(source, root)
     assert left(root) == []
     (root / ".mrpc.building").mkdir()  # as a killed process leaves it
     (root / ".mrpc.building" / NAMES["train"]).write_text("half")
-    sentence_pairs.prepare_mrpc(source, root)
-    assert left(root) == ["mrpc"] and len(sentence_pairs.load_pairs("mrpc", root=root).test) == 8
+    prepare_mrpc(source, root)
+    assert left(root) == ["mrpc"] and len(load_pairs("mrpc", root=root).test) == 8
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -193,8 +202,8 @@ def web(source, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         for split, name in NAMES.items():
             url = f"http://127.0.0.1:{server.server_port}/{name}"
-            known = Official(name, url, "md5", sentence_pairs.MRPC[split].digest)
-            monkeypatch.setitem(sentence_pairs.MRPC, split, known)
+            known = Official(name, url, "md5", MRPC[split].digest)
+            monkeypatch.setitem(MRPC, split, known)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield source
@@ -204,38 +213,38 @@ def web(source, monkeypatch):
 
 def test_download(web, tmp_path, capsys):
     root = tmp_path / "cache"
-    folder = sentence_pairs.prepare_mrpc(root=root)
+    folder = prepare_mrpc(root=root)
     assert "mrpc: downloading 2 files to" in capsys.readouterr().out
     assert left(root) == ["downloads", "mrpc"]
     assert all((folder / name).read_bytes() == (web / name).read_bytes() for name in NAMES.values())
-    assert sentence_pairs.load_pairs("mrpc", root=root).provenance["data_official"] is True
+    assert load_pairs("mrpc", root=root).provenance["data_official"] is True
     with pytest.raises(InputError, match=r"was made from a download, not from"):
-        sentence_pairs.prepare_mrpc(web, root)
+        prepare_mrpc(web, root)
 
 
 def test_download_of_another_file_is_refused(web, tmp_path):
     (web / NAMES["test"]).write_text(mrpc_text(8, seed=5))
     with pytest.raises(InputError, match=r"msr_paraphrase_test.txt.*wanted md5 .*, got .*It was removed"):
-        sentence_pairs.prepare_mrpc(root=tmp_path / "cache", progress=False)
+        prepare_mrpc(root=tmp_path / "cache", progress=False)
     assert left(tmp_path / "cache") == ["downloads"]
 
 
 def test_no_network(source, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(InputError, match=r"could not download http://127.*refused.*data prepare mrpc --source DIR"):
-        sentence_pairs.prepare_mrpc(root=tmp_path / "cache", progress=False)
+        prepare_mrpc(root=tmp_path / "cache", progress=False)
     with pytest.raises(InputError, match=r"mrpc is not prepared: there is no .*data prepare mrpc.*--source DIR"):
-        sentence_pairs.load_pairs("mrpc", root=tmp_path / "cache")
+        load_pairs("mrpc", root=tmp_path / "cache")
 
 
 def test_official_table():
-    assert {split: official.digest for split, official in sentence_pairs.MRPC.items()} == {
+    assert {split: official.digest for split, official in MRPC.items()} == {
         "train": "793daf7b6224281e75fe61c1f80afe35", "test": "e437fdddb92535b820fe8852e2df8a49",
     }  # fmt: skip
-    assert sentence_pairs.MRPC_SIZES == {"train": 4_076, "test": 1_725}
+    assert MRPC_SIZES == {"train": 4_076, "test": 1_725}
 
 
-@pytest.mark.parametrize("use", [sentence_pairs.load_pairs, sentence_pairs.is_ready])
+@pytest.mark.parametrize("use", [load_pairs, is_ready])
 def test_unknown_name(use):
     with pytest.raises(InputError, match=r"wanted pairs of mrpc or docstrings; got 'qqp'"):
         use("qqp")
@@ -270,7 +279,7 @@ def test_command_line(source, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_cut_in_half(text, halves):
-    assert sentence_pairs.cut_in_half(text) == halves
+    assert cut_in_half(text) == halves
 
 
 def splits_of(texts: dict[str, list[tuple[str, int]]]) -> datasets.Splits:
@@ -291,7 +300,7 @@ def invented(monkeypatch):
     made["train"] += [("twice twice", 0)]
     monkeypatch.setattr(cache, "load", lambda *_: splits_of(made))
     monkeypatch.setattr(cache, "provenance", lambda *_: {"data_digest": "0", "data_official": True})
-    return sentence_pairs.load_pairs("docstrings")
+    return load_pairs("docstrings")
 
 
 def test_halves_are_paired_within_library_and_split(invented):
@@ -316,7 +325,7 @@ def test_no_half_tells_the_label_or_comes_from_another_split(invented):
 
 
 def test_pairs_follow_from_the_seed(invented):
-    again, other = (sentence_pairs.load_pairs("docstrings", seed) for seed in (0, 1))
+    again, other = (load_pairs("docstrings", seed) for seed in (0, 1))
     for mine, same, another in zip(invented[:3], again[:3], other[:3], strict=True):
         assert (mine.first, mine.second) == (same.first, same.second)
         assert np.array_equal(mine.labels, same.labels)
@@ -327,12 +336,12 @@ def test_one_docstring_has_no_other(monkeypatch):
     texts = {split: [("one two", 0), (f"{split} four", 1), (f"{split}5 six", 1)] for split in ("train", "dev", "test")}
     monkeypatch.setattr(cache, "load", lambda *_: splits_of(texts))
     with pytest.raises(InputError, match=r"docstrings: wanted 2 or more of library 0 in every split, got 1"):
-        sentence_pairs.load_pairs("docstrings")
+        load_pairs("docstrings")
 
 
 def test_installed_docstrings(tmp_path):
     datasets.prepare("docstrings", tmp_path, progress=False, sizes={"train": 400, "test": 40})
-    pairs = sentence_pairs.load_pairs("docstrings", root=tmp_path)
+    pairs = load_pairs("docstrings", root=tmp_path)
     assert pairs.provenance == datasets.provenance("docstrings", tmp_path) and pairs.provenance["data_official"]
     tokens = datasets.load("docstrings", tmp_path).test.tokens
     whole = [bytes((row[row > 0] - 1).tolist()).decode(errors="ignore") for row in tokens]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from made_rows import STAMP, runs, verdict_of
 
-from sat_lib import experiments
+from sat_lib import datasets, experiments
 from sat_lib.common import distributed
 from sat_lib.common.errors import InputError
 from sat_lib.experiments import row_files
-from sat_lib.experiments import training as training_experiment
+from sat_lib.experiments.training import accuracy_cases, data_parallel, data_parallel_cases, run_case, run_folder
 from sat_lib.figures import training as training_figures
 from sat_lib.figures.judge import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED
 from sat_lib.training import recipe
@@ -118,11 +118,11 @@ def test_as_many_gpus_as_the_papers_reproduce_it():
 
 
 def test_cases_are_unique_and_the_runs_of_one_process_are_those_of_accuracy():
-    cases = training_experiment.data_parallel_cases("paper")
+    cases = data_parallel_cases("paper")
     assert len({str(case) for case in cases}) == len(cases)
     numbers = {(case["sweep"], case["processes"]) for case in cases}
     assert numbers == {("step", 1), ("step", 2), ("step", 4), ("training", 2), ("training", 4)}
-    single = {case["seed"]: case for case in training_experiment.accuracy_cases("paper")
+    single = {case["seed"]: case for case in accuracy_cases("paper")
               if (case["task"], case["attention"]) == ("cifar10", "sat")}  # fmt: skip
     for case in cases:
         if case["sweep"] == "training":
@@ -131,11 +131,11 @@ def test_cases_are_unique_and_the_runs_of_one_process_are_those_of_accuracy():
 
 def test_runs_by_several_have_folders_of_their_own(tmp_path):
     context = row_files.Context("paper", torch.device("cpu"), tmp_path, "code")
-    training = [case for case in training_experiment.data_parallel_cases("paper") if case["sweep"] == "training"]
-    folders = {training_experiment.run_folder(case, context) for case in training}
+    training = [case for case in data_parallel_cases("paper") if case["sweep"] == "training"]
+    folders = {run_folder(case, context) for case in training}
     assert len(folders) == len(training)
-    others = training_experiment.accuracy_cases("paper")
-    assert folders.isdisjoint({training_experiment.run_folder(case, context) for case in others})
+    others = accuracy_cases("paper")
+    assert folders.isdisjoint({run_folder(case, context) for case in others})
 
 
 def test_what_wants_more_gpus_than_there_are_is_left_out_aloud(monkeypatch, tmp_path, capsys):
@@ -159,11 +159,11 @@ def test_data_that_are_not_there_are_told_before_any_process_starts(monkeypatch,
     def load(name, **_):
         raise InputError(f"task {name} is not prepared")
 
-    monkeypatch.setattr(training_experiment.datasets, "load", load)
+    monkeypatch.setattr(datasets, "load", load)
     context = row_files.Context("paper", torch.device("cpu"), tmp_path, "code")
-    case = {"sweep": "training", "processes": 2} | training_experiment.run_case("cifar10", "sat", 0, "paper")
+    case = {"sweep": "training", "processes": 2} | run_case("cifar10", "sat", 0, "paper")
     with pytest.raises(InputError, match="task cifar10 is not prepared"):
-        training_experiment.data_parallel(case, context)
+        data_parallel(case, context)
 
 
 def test_a_sweep_refuses_what_starts_its_own_processes(tmp_path):

@@ -7,14 +7,13 @@ from conftest import tiny_config, tiny_splits
 from sat_lib import datasets
 from sat_lib.__main__ import main
 from sat_lib.common import files
-from sat_lib.experiments import demo as module
 from sat_lib.experiments.demo import demo, demo_config
 from sat_lib.training.trainer import Trainer
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "LONGER", (64, 32, 0.5))
+    monkeypatch.setattr("sat_lib.experiments.demo.LONGER", (64, 32, 0.5))
 
 
 def test_it_shows_both_phases_and_writes_one_picture(tmp_path, capsys, quick):

@@ -9,15 +9,14 @@ from conftest import tiny_config, tiny_splits
 from made_maps import random_maps, symmetric
 from PIL import Image
 
-from sat_lib import maps as comparison
 from sat_lib.attention.layout import BlockLayout
 from sat_lib.attention.patterns import generate_layout
 from sat_lib.attention.statistics import mass_kept
 from sat_lib.common.errors import InputError
 from sat_lib.common.files import append_row
-from sat_lib.explorer import view as explore
-from sat_lib.explorer.view import PretrainedSource, RunSource, State, view
+from sat_lib.explorer.view import PretrainedSource, RunSource, State, draw, measured_speed, png, response_ms, view
 from sat_lib.figures import patterns
+from sat_lib.maps import block_sums, choose, encoder_maps, shrink
 from sat_lib.training import fit
 from sat_lib.training.checkpoint import load_model
 
@@ -75,7 +74,7 @@ def test_a_run_is_explored_at_its_snapshots(source, trained):
     assert source.maps(12, 3) is maps
     model = load_model(fit.snapshot_path(trained, 12), CPU)
     tokens = torch.as_tensor(tiny_splits().test.batch(np.arange(4))[0])
-    assert torch.allclose(maps, torch.stack([layer[3] for layer in comparison.encoder_maps(model, tokens)]), atol=1e-6)
+    assert torch.allclose(maps, torch.stack([layer[3] for layer in encoder_maps(model, tokens)]), atol=1e-6)
     assert torch.equal(source.scores(12, 1), model.sparsity_parameters[1]())
     assert source.layout(12, 1) == model.layouts[1]
     assert source.layout(4, 1) is None
@@ -144,11 +143,11 @@ def test_a_view_shows_the_state_asked_for():
     maps = random_maps(40, examples=3, layers=2)
     source = Maps(maps, symmetric(5), 8)
     one = view(source, State(0, 2, 1, 0, 0.2, 8, "best")).patterns.set_index("pattern")
-    best = generate_layout(comparison.block_sums(maps[2, 1, 0], 8), 0.2, 8)
+    best = generate_layout(block_sums(maps[2, 1, 0], 8), 0.2, 8)
     assert one.loc["best", "mass_kept"] == pytest.approx(mass_kept(maps[2, 1, 0], best), rel=1e-6)
     mean = view(source, State(0, 2, 1, "mean", 0.2, 8)).patterns.set_index("pattern")
     assert mean.loc["random", "mass_kept"] == pytest.approx(
-        mass_kept(maps[2, 1].mean(0), comparison.choose(maps[2, 1, 0], 0.2, 8)["random"].layout), rel=1e-6
+        mass_kept(maps[2, 1].mean(0), choose(maps[2, 1, 0], 0.2, 8)["random"].layout), rel=1e-6
     )
     assert one.loc["best", "operation_bound"] == 5
     assert view(source, State(0, 2, 1, 0, 0.2, 8, "best")).text.startswith(
@@ -201,7 +200,7 @@ def test_pictures_are_true_to_the_values():
 
 def test_a_long_map_is_shown_by_its_maxima():
     attention = random_maps(1030, examples=1, heads=1)
-    small = comparison.shrink(attention[0, 0, 0], 512)
+    small = shrink(attention[0, 0, 0], 512)
     assert small.shape == (344, 344)
     assert small[0, 1] == attention[0, 0, 0, :3, 3:6].max()
     assert small[343, 343] == attention[0, 0, 0, 1029, 1029]
@@ -211,16 +210,16 @@ def test_a_long_map_is_shown_by_its_maxima():
 
 def test_a_picture_becomes_a_png_of_whole_squares():
     colours = np.arange(5 * 5 * 3, dtype=np.uint8).reshape(5, 5, 3)
-    image = np.array(Image.open(io.BytesIO(explore.png(patterns.Picture("x", colours)))))
+    image = np.array(Image.open(io.BytesIO(png(patterns.Picture("x", colours)))))
     assert image.shape == (510, 510, 3)
     assert (image == colours.repeat(102, 0).repeat(102, 1)).all()
-    nothing = np.array(Image.open(io.BytesIO(explore.png(patterns.Picture("x", None)))))
+    nothing = np.array(Image.open(io.BytesIO(png(patterns.Picture("x", None)))))
     assert (nothing == 235).all()
 
 
 def test_a_view_becomes_a_figure_and_what_it_draws(tmp_path):
     seen = view(Maps(random_maps(32)), State(0, 0, density=0.25, block=8, pattern="best"))
-    figure, drawn = explore.draw(seen)
+    figure, drawn = draw(seen)
     figure.savefig(tmp_path / "figure.png")
     assert drawn.equals(seen.patterns)
     assert figure.axes[-1].get_xlabel().startswith("mass kept (%)")
@@ -245,17 +244,17 @@ def test_the_measured_speed_is_interpolated_between_rows(tmp_path):
         speed_row("fused", 0.1, 1.0, "other"), speed_row("sdpa", 0.1, 9.0, "other"),
     ]:  # fmt: skip
         append_row(path, row)
-    speed = explore.measured_speed(path)
+    speed = measured_speed(path)
     assert (speed.densities, speed.ratios) == ((0.1, 0.4), (4.0, 2.0))
     assert speed.at(0.2) == pytest.approx(3)
     assert [speed.at(0.1), speed.at(0.4), speed.at(0.05)] == [4.0, 2.0, None]
     assert speed.measured.startswith("GPU, forward and backward of attention alone, batch 8, heads 2, length 64")
-    assert explore.measured_speed(path) is speed
+    assert measured_speed(path) is speed
 
 
 def test_without_rows_only_the_bound_is_given(tmp_path, monkeypatch):
-    assert explore.measured_speed(tmp_path / "none.jsonl") is None
-    monkeypatch.setattr(explore, "measured_speed", lambda: None)
+    assert measured_speed(tmp_path / "none.jsonl") is None
+    monkeypatch.setattr("sat_lib.explorer.view.measured_speed", lambda: None)
     seen = view(Maps(random_maps(32)), State(0, 0, density=0.25, block=8, pattern="best"))
     assert seen.text.endswith("That is 4 times fewer operations.")
     assert seen.measured == "No speed-up was measured here."
@@ -317,7 +316,7 @@ def test_short_maps_start_with_a_density_that_keeps_a_block(length):
 
 
 def test_response_times_are_one_per_state(source):
-    times = explore.response_ms(source, [State(12, 0, density=d) for d in (0.1, 0.2, 0.3)])
+    times = response_ms(source, [State(12, 0, density=d) for d in (0.1, 0.2, 0.3)])
     assert len(times) == 3
     assert min(times) > 0
 

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from sat_lib import experiments
-from sat_lib.experiments import ablations as ablations_experiment
+from sat_lib.experiments.ablations import VARIATIONS
 from sat_lib.figures import ablations, ablations_figure, changes, diagnosis
 from sat_lib.figures.judge import gap
 from sat_lib.training.recipe import case_config
@@ -42,7 +42,7 @@ def rows():
 
 
 def test_every_layout_has_a_kind():
-    layouts = [variation.value for variation in ablations_experiment.VARIATIONS if variation.group == "layout"]
+    layouts = [variation.value for variation in VARIATIONS if variation.group == "layout"]
     kinds = {label: ablations_figure.kind_of(label) for label in layouts}
     assert kinds["calibrated"] == kinds["correlation, largest"] == "learned by $W^P$"
     assert kinds["near, own heads"] == kinds["diagonal"] == kinds["nearest"] == "by hand"
@@ -61,16 +61,16 @@ def test_summary_gives_mean_deviation_and_the_time_of_a_step_of_the_last_phase(r
 
 
 def test_every_layout_and_every_change_has_words_of_its_own():
-    layouts = [variation.value for variation in ablations_experiment.VARIATIONS if variation.group == "layout"]
+    layouts = [variation.value for variation in VARIATIONS if variation.group == "layout"]
     words = [ablations_figure.layout_words(layout) for layout in layouts]
     assert len(set(words)) == len(layouts)
     assert not {"value, by row", "near, own heads", "calibrated"} & set(words)
     assert ablations_figure.layout_words("attention, by row") == "most attention, by row"
     groups = {*changes.FROM_BASE, "preset"}
-    others = [each for each in ablations_experiment.VARIATIONS if each.group in groups]
+    others = [each for each in VARIATIONS if each.group in groups]
     words = [changes.change_words(each.group, each.value) for each in others if each.group != "average"]
     assert len(set(words)) == len(words)
-    assert {each.value for each in ablations_experiment.VARIATIONS if each.group == "rule"} == set(
+    assert {each.value for each in VARIATIONS if each.group == "rule"} == set(
         ablations_figure.RULES
     )
     assert changes.change_words("density", 0.0625) == "6.25 % of the blocks"

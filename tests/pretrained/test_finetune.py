@@ -8,8 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, ViTConfig, V
 
 from sat_lib.common.errors import InputError
 from sat_lib.datasets.pairs import Pairs, PairSplits
-from sat_lib.experiments import pretrained as pretrained_experiment
-from sat_lib.experiments.pretrained import pretrained_step
+from sat_lib.experiments.pretrained import look_at_maps, pretrained_step
 from sat_lib.maps import describe
 from sat_lib.pretrained import finetune
 from sat_lib.pretrained.encoders import attention_maps
@@ -166,7 +165,7 @@ def test_batches_larger_than_the_data():
 
 @pytest.mark.parametrize("settings", [IMAGE, TEXT], ids=["image", "text"])
 def test_look_at_maps(settings):
-    result = pretrained_experiment.look_at_maps(settings, 11, CPU)
+    result = look_at_maps(settings, 11, CPU)
     moments = ("untrained", "pretrained", "half way", "fine-tuned")
     assert [(line["moment"], line["layer"], line["head"]) for line in result["metrics"]] == [
         (moment, layer, head) for moment in moments for layer in range(2) for head in range(2)
@@ -187,7 +186,7 @@ def test_look_at_maps(settings):
 
 def test_metrics_are_means_over_the_examples():
     """More examples than are held together: the last, smaller chunk weighs no more than it should."""
-    result = pretrained_experiment.look_at_maps(TEXT, 11, CPU)
+    result = look_at_maps(TEXT, 11, CPU)
     tuner = FineTuner(TEXT, CPU)
     chosen = np.random.default_rng([0, 1]).choice(12, 11, replace=False)
     inputs, _ = tuner.train.batch(chosen, CPU)
@@ -199,7 +198,7 @@ def test_metrics_are_means_over_the_examples():
 
 def test_more_examples_than_there_are():
     with pytest.raises(InputError, match="examples: wanted at most 12; got 13"):
-        pretrained_experiment.look_at_maps(TEXT, 13, CPU)
+        look_at_maps(TEXT, 13, CPU)
 
 
 # ---- the time of a step ----------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ def test_pretrained_step(architecture, attention, phase, monkeypatch):
             return BertForSequenceClassification(BertConfig(**sizes, vocab_size=50))
         return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4))
 
-    monkeypatch.setattr(pretrained_experiment, "_architecture", small)
+    monkeypatch.setattr("sat_lib.experiments.pretrained._architecture", small)
     density = 0.5 if phase == "sparse" else None
     sizes = {"batch": 2, "length": 40, "layers": 2, "block": 16, "precision": "fp32"}
     case = {"architecture": architecture, "attention": attention, "phase": phase, "density": density, **sizes}

@@ -16,9 +16,9 @@ from conftest import tiny_config, tiny_splits
 from sat_lib.common import files
 from sat_lib.common.errors import InputError
 from sat_lib.datasets import batches
-from sat_lib.training import fit as runs
 from sat_lib.training.checkpoint import load_checkpoint, load_model, save_checkpoint
-from sat_lib.training.fit import NonFiniteLoss, fit, snapshot_path
+from sat_lib.training.fit import NonFiniteLoss, _bar_text, fit, snapshot_path
+from sat_lib.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -71,17 +71,17 @@ KILLED = """
     import os, signal
     from pathlib import Path
     from conftest import tiny_config, tiny_splits
-    from sat_lib.training import fit as runs
+    from sat_lib.training import fit
     import torch
-    runs.CHECKPOINT_SECONDS = 0
-    step = runs.Trainer.train_step
+    fit.CHECKPOINT_SECONDS = 0
+    step = fit.Trainer.train_step
     def step_or_die(self):
         if self.step == {at}:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self)
-    runs.Trainer.train_step = step_or_die
+    fit.Trainer.train_step = step_or_die
     torch.set_num_threads({threads})
-    runs.fit(tiny_config(), tiny_splits(), Path({folder!r}), torch.device("cpu"), progress=False)
+    fit.fit(tiny_config(), tiny_splits(), Path({folder!r}), torch.device("cpu"), progress=False)
 """
 
 
@@ -108,20 +108,20 @@ def test_best_checkpoints_are_loaded_in_the_phase_they_were_saved_in(tmp_path):
 
 def test_each_phases_best_is_tested_in_its_own_phase(tmp_path, monkeypatch):
     tested = []
-    evaluate = runs.Trainer.evaluate
+    evaluate = Trainer.evaluate
 
     def recorded(self, split):
         if split is self.data.test:
             tested.append((self.phase, self.model.layouts is None))
         return evaluate(self, split)
 
-    monkeypatch.setattr(runs.Trainer, "evaluate", recorded)
+    monkeypatch.setattr(Trainer, "evaluate", recorded)
     run(tmp_path)
     assert tested == [("dense", True), ("sparse", False)]
 
 
 def test_the_best_checkpoint_of_a_recipe_with_an_average_holds_it_and_is_what_is_tested(tmp_path, monkeypatch):
-    averages, evaluate, accuracies = {}, runs.Trainer.evaluate, {4: 0.3, 8: 0.9, 12: 0.5}
+    averages, evaluate, accuracies = {}, Trainer.evaluate, {4: 0.3, 8: 0.9, 12: 0.5}
 
     def told(self, split):
         score = evaluate(self, split)
@@ -130,14 +130,14 @@ def test_the_best_checkpoint_of_a_recipe_with_an_average_holds_it_and_is_what_is
         averages[self.step] = copy.deepcopy(self.evaluated)
         return score._replace(accuracy=accuracies[self.step])
 
-    monkeypatch.setattr(runs.Trainer, "evaluate", told)
+    monkeypatch.setattr(Trainer, "evaluate", told)
     result = run(tmp_path, tiny_config(average=4), snapshots=(8, 12))
     assert {phase: best["step"] for phase, best in result["best"].items()} == {"dense": 4, "sparse": 8}
     held, kept = (model.state_dict() for model in (load_model(tmp_path / "best-sparse.pt", CPU), averages[8]))
     raw = load_checkpoint(snapshot_path(tmp_path, 8), CPU)["model"]
     assert all(torch.equal(value, kept[name]) for name, value in held.items())
     assert not all(torch.equal(value, raw[name]) for name, value in held.items())
-    trainer = runs.Trainer(tiny_config(), tiny_splits(), CPU)
+    trainer = Trainer(tiny_config(), tiny_splits(), CPU)
     for phase, best in result["best"].items():
         trainer.model = load_model(tmp_path / f"best-{phase}.pt", CPU)
         assert best["test_loss"] == evaluate(trainer, trainer.data.test).loss
@@ -145,8 +145,8 @@ def test_the_best_checkpoint_of_a_recipe_with_an_average_holds_it_and_is_what_is
 
 @pytest.mark.parametrize("step", [2, 8])
 def test_a_non_finite_loss_stops_with_step_and_indices(step, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
-    train_step = runs.Trainer.train_step
+    monkeypatch.setattr("sat_lib.training.fit.CHECKPOINT_SECONDS", 0)
+    train_step = Trainer.train_step
 
     def poisoned(self):
         if self.step == step:
@@ -154,13 +154,13 @@ def test_a_non_finite_loss_stops_with_step_and_indices(step, tmp_path, monkeypat
                 self.model.head[2].bias.fill_(float("nan"))
         return train_step(self)
 
-    monkeypatch.setattr(runs.Trainer, "train_step", poisoned)
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
     with pytest.raises(NonFiniteLoss, match=f"at step {step} "):
         run(tmp_path)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     assert report["step"] == step
     assert report["batch_indices"] == batches.batch_indices(24, 6, step, seed=0).tolist()
-    monkeypatch.setattr(runs.Trainer, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     saved = load_checkpoint(tmp_path / "last.pt", CPU)["trainer"]
     assert saved["step"] <= step
     assert all(value.isfinite().all() for value in saved["model"].values())
@@ -228,21 +228,21 @@ def test_progress_shows_phase_loss_skewness_and_distance(tmp_path, capfd):
     assert "12/12" in shown
     for word in ("phase=", "loss="):
         assert word in shown
-    text = runs._bar_text({"phase": "dense", "loss": 1.0, "skewness": [2.0, 3.0], "distance": [0.1, None]})
+    text = _bar_text({"phase": "dense", "loss": 1.0, "skewness": [2.0, 3.0], "distance": [0.1, None]})
     assert text == {"phase": "dense", "loss": "1.000", "skewness": "2.00", "distance": "0.100"}
 
 
 def test_snapshots_hold_the_model_of_their_step_and_phase(tmp_path):
     run(tmp_path, snapshots=(0, 4, 5, 12))
-    kept = {step: load_checkpoint(runs.snapshot_path(tmp_path, step), CPU) for step in (0, 4, 5, 12)}
+    kept = {step: load_checkpoint(snapshot_path(tmp_path, step), CPU) for step in (0, 4, 5, 12)}
     assert {path.name for path in tmp_path.glob("step-*.pt")} == {f"step-{step:06}.pt" for step in kept}
     assert [state["step"] for state in kept.values()] == [0, 4, 5, 12]
     assert [state["grids"] is None for state in kept.values()] == [True, True, False, False]
-    fresh = runs.Trainer(tiny_config(), tiny_splits(), CPU).model.state_dict()
+    fresh = Trainer(tiny_config(), tiny_splits(), CPU).model.state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in kept[0]["model"].items())
     last = load_checkpoint(tmp_path / "last.pt", CPU)["trainer"]["model"]
     assert all(torch.equal(value, last[name]) for name, value in kept[12]["model"].items())
-    assert load_model(runs.snapshot_path(tmp_path, 12), CPU).layouts is not None
+    assert load_model(snapshot_path(tmp_path, 12), CPU).layouts is not None
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6])
@@ -252,7 +252,7 @@ def test_snapshots_of_an_interrupted_run_equal_those_of_a_whole_one(stop, tmp_pa
     run(tmp_path / "halves", snapshots=steps, stop_at=stop)
     assert comparable(run(tmp_path / "halves", snapshots=steps)) == comparable(whole)
     for step in steps:
-        a, b = (load_checkpoint(runs.snapshot_path(tmp_path / f, step), CPU) for f in ("whole", "halves"))
+        a, b = (load_checkpoint(snapshot_path(tmp_path / f, step), CPU) for f in ("whole", "halves"))
         assert a["step"] == b["step"]
         assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
 
@@ -273,14 +273,14 @@ def test_snapshots_that_a_run_cannot_have_are_refused(tmp_path):
 @pytest.mark.parametrize("rule", ["overfit", "gap"])
 def test_a_rule_on_evaluations_judges_those_of_a_run(rule, stop, tmp_path, monkeypatch):
     """Both fire at step 8: the dev loss rises there, and is above the training loss for the first time."""
-    evaluate = runs.Trainer.evaluate
+    evaluate = Trainer.evaluate
     losses = {2: -4.0, 4: -5.0, 6: -6.0, 8: 1e3, 10: 0.8, 12: 0.9}
 
     def told(self, split):
         score = evaluate(self, split)
         return score._replace(loss=losses[self.step]) if split is self.data.dev else score
 
-    monkeypatch.setattr(runs.Trainer, "evaluate", told)
+    monkeypatch.setattr(Trainer, "evaluate", told)
     config = tiny_config(switch_at=None, switch_rule=rule, eval_every=2, theta=-1e9, delta=1e9)
     if stop is not None:
         run(tmp_path, config, stop_at=stop)
