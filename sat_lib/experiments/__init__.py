@@ -13,7 +13,7 @@ from ..common.device import device_name, pick_device, stamp
 from ..common.errors import require
 from ..common.sources import DIGEST_RULE, source_digest
 from ..training.recipe import case_config
-from . import kernel_summary, kernels, patterns, pretrained, step_time
+from . import fast_layers, kernel_summary, kernels, patterns, pretrained, step_time
 from .ablations import ablate, ablation_cases, best_cases, diagnose_run, diagnosis_cases
 from .row_files import PROFILES, Context, Experiment, RowFile, describe, frame, plain
 from .training import accuracy_cases, data_parallel, data_parallel_cases, short_cases, train, training_cases
@@ -37,7 +37,7 @@ EXPERIMENTS = {
     "finetuning": Experiment(pretrained.finetuning_cases, pretrained.fine_tune),
     "pretrained_step": Experiment(pretrained.pretrained_step_cases, _on_device(pretrained.pretrained_step)),
     "kernels": Experiment(kernels.kernel_cases, _on_device(kernels.kernel_time), kernel_summary.show),
-    "layer": Experiment(kernels.layer_cases, _on_device(kernels.layer_time)),
+    "layer": Experiment(fast_layers.layer_cases, _on_device(fast_layers.layer_time)),
     "attention": Experiment(kernels.attention_cases, _on_device(kernels.attention_time), kernel_summary.show_attention),
 }
 

@@ -3,8 +3,7 @@
 A case of `kernels` is one measurement of one sweep, and its method what is timed: "fused" is
 `ops.block_sparse_attention`, "three operations" are `ops.sddmm`, `sparse_softmax` and `spmm`, "reference" is plain
 PyTorch. Peers: "materialised" and "sdpa" are dense, "flex N" is torch's flex_attention on the layout coarsened to
-blocks of N, "cusparse" PyTorch's CSR products, forward only. The method of a case of `layer` is an operator of
-`model.fused`, or "copy", by which to divide its floor. Floors are the bytes of each operand read or written once.
+blocks of N, "cusparse" PyTorch's CSR products, forward only. Floors are the bytes of each operand read or written once.
 Nothing here reads or writes files.
 """
 
@@ -22,7 +21,6 @@ from ..attention import ops, reference, statistics
 from ..attention.layout import BlockLayout
 from ..attention.static_patterns import random_layout
 from ..common import timing
-from ..model import fused
 from ..training.recipe import PAPER_TASKS, run_config
 
 OURS = ("fused", "three operations", "reference")
@@ -225,7 +223,8 @@ def _float32_products(precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _calls(device: torch.device) -> int:
+def calls_on(device: torch.device) -> int:
+    """So many calls are timed."""
     return 7 if device.type == "cpu" else 30
 
 
@@ -233,7 +232,7 @@ def copy_time(case: dict, device: torch.device) -> dict:
     """A copy on the device: its time, and the bandwidth, bytes read and bytes written together."""
     source = torch.ones(case["bytes"], dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    taken = timing.time_calls(lambda: target.copy_(source), device, calls=_calls(device)).median_ms
+    taken = timing.time_calls(lambda: target.copy_(source), device, calls=calls_on(device)).median_ms
     return {"copy_ms": taken, "bandwidth_tb_s": 2 * case["bytes"] / taken / 1e9}
 
 
@@ -275,7 +274,7 @@ def statistics_time(case: dict, device: torch.device) -> dict:
     q, k, _ = qkv(case, device, grad=False)
     module = {"kernel": ops, "reference": statistics}[case["method"]]
     call = partial(module.attention_statistics, q, k, case["block"])
-    return dict.fromkeys(TIMES) | {"forward_ms": timing.time_calls(call, device, calls=_calls(device)).median_ms}
+    return dict.fromkeys(TIMES) | {"forward_ms": timing.time_calls(call, device, calls=calls_on(device)).median_ms}
 
 
 def method_time(case: dict, device: torch.device) -> dict:
@@ -327,10 +326,10 @@ def _attention_times(case: dict, attend: Attention, device: torch.device, backwa
         torch.autograd.grad(attend(q, k, v), (q, k, v), gradient)
 
     whole = forward_backward if backward else forward
-    taken = timing.time_calls(forward, device, calls=_calls(device))
+    taken = timing.time_calls(forward, device, calls=calls_on(device))
     yield {"forward_ms": taken.median_ms}
     if backward:
-        taken = timing.time_calls(forward_backward, device, calls=_calls(device))
+        taken = timing.time_calls(forward_backward, device, calls=calls_on(device))
         yield {"forward_backward_ms": taken.median_ms}
     yield {"low_ms": taken.low_ms, "high_ms": taken.high_ms, "peak_bytes": timing.peak_bytes(whole, device)}
 
@@ -343,71 +342,3 @@ def attention_operations(case: dict, layout: BlockLayout | None) -> int:
     """
     entries = case["length"] ** 2 if layout is None else int(layout.entries(case["length"]).sum())
     return case["batch"] * case["heads"] * entries * (4 * case["head_size"] + 1)
-
-
-# ---- what a step does beside attention -------------------------------------------------------------------------------
-
-
-def layer_cases(profile: str) -> list[dict]:
-    """The operators of the fast step at the main workload's number of tokens."""
-    tokens = 2_048 if profile == "smoke" else 512 * 1024
-    return [{"method": name, "tokens": tokens, "vocab": 256, "dropout": 0.1} for name in LAYER_OPERATORS]
-
-
-def layer_time(case: dict, device: torch.device) -> dict:
-    """Medians of the forward and the backward operator, with the bytes of their operands. None where there is none."""
-    torch.manual_seed(0)
-    x, grad = (torch.randn(case["tokens"], fused.WIDTH, device=device) for _ in range(2))
-    result, directions = {}, LAYER_OPERATORS[case["method"]](x, grad, case)
-    for name, (call, floor) in zip(("forward", "backward"), directions, strict=True):
-        time = None if call is None else timing.time_calls(call, device, calls=_calls(device)).median_ms
-        result |= {f"floor_bytes_{name}": floor, f"{name}_ms": time}
-    return result
-
-
-NONE = (None, None)  # no such direction
-Directions = tuple[tuple, tuple]  # forward and backward: what to call, and the bytes of its operands
-
-
-def _copy(x: Tensor, grad: Tensor, case: dict) -> Directions:
-    return (lambda: grad.copy_(x), 2 * x.nbytes), NONE
-
-
-def _before(x: Tensor, grad: Tensor, case: dict) -> Directions:
-    call, weights = torch.ops.sat_lib, _linear(3 * x.shape[1], x.shape[1], x.device)
-    grads = call.before_attention(x, *weights, 1e-5)
-    narrow = sum(part.nbytes for part in grads)
-    return (
-        (lambda: call.before_attention(x, *weights, 1e-5), x.nbytes + narrow),
-        (lambda: call.before_attention_backward(*grads, grad, x, *weights, 1e-5), 3 * x.nbytes + narrow),
-    )
-
-
-def _after(x: Tensor, grad: Tensor, case: dict) -> Directions:
-    call, width, hidden = torch.ops.sat_lib, fused.WIDTH, fused.HIDDEN
-    attended = grad.bfloat16() if x.device.type == "cuda" else grad
-    shapes = ((width, width), (hidden, width), (width, hidden))
-    weights = [part for shape in shapes for part in _linear(*shape, x.device)]
-    rest = (attended, *weights, torch.ones(1, dtype=torch.int64, device=x.device), case["dropout"], 1e-5)
-    return (
-        (lambda: call.after_attention(x, *rest), 2 * x.nbytes + attended.nbytes),
-        (lambda: call.after_attention_backward(grad, x, *rest), 3 * x.nbytes + 2 * attended.nbytes),
-    )
-
-
-def _embedding(x: Tensor, grad: Tensor, case: dict) -> Directions:
-    tokens = torch.randint(0, case["vocab"], (case["tokens"],), device=grad.device)
-    call = torch.ops.sat_lib.embedding_gradient
-    return NONE, (lambda: call(grad, tokens, case["vocab"]), grad.nbytes + tokens.nbytes)
-
-
-def _linear(outs: int, ins: int, device: torch.device) -> list[Tensor]:
-    return [torch.randn(outs, ins, device=device) / math.sqrt(ins), torch.randn(outs, device=device)]
-
-
-LAYER_OPERATORS: dict[str, Callable[[Tensor, Tensor, dict], Directions]] = {
-    "copy": _copy,
-    "before_attention": _before,
-    "after_attention": _after,
-    "embedding_gradient": _embedding,
-}
