@@ -4,7 +4,8 @@
     choices = choose(maps[0][0, 0], density=0.05, block=32, scores=scores)
     records = compare(maps[0][0, 0], choices)               # mass kept, overlap, ... by pattern
 
-`compare_snapshots` does that for the snapshots of a training run.
+`experiments.patterns.compare_snapshots` does that for the snapshots of a training run. The second half of this file
+describes maps in numbers.
 """
 
 import math
@@ -88,7 +89,6 @@ def choose(
     trained_block: int | None = None,
     in_use: BlockLayout | None = None,
     layer: int = 0,
-    seed: int = 0,
 ) -> dict[str, Choice]:
     """The layout of every pattern in `PATTERNS`, each but "bigbird" and "in use" with int(N^2 x density) blocks.
 
@@ -97,8 +97,8 @@ def choose(
     phase, in its own blocks.
 
     Args:
-        attention: (L, L). scores: R~ in blocks of `trained_block` (None: of `block`), or None where nothing was learnt.
-        layer: for BigBird's draw. seed: of the random blocks.
+        attention: (L, L). scores: R~ in blocks of `trained_block` (None: of `block`), or None where none was trained.
+        layer: for BigBird's draw.
 
     Raises:
         InputError: a block outside 1 to L, a density outside (0, 1] or so small that no block is kept.
@@ -113,8 +113,8 @@ def choose(
         "learned": top(learned[0]) if learned[0] is not None else Choice(None, learned[1]),
         "best": top(block_sums(attention, block)),
         "window": top(nearness(blocks)),
-        "bigbird": _bigbird(blocks, block, seed, layer),
-        "random": Choice(random_layout(blocks, blocks, density, block, seed)),
+        "bigbird": _bigbird(blocks, block, layer),
+        "random": Choice(random_layout(blocks, blocks, density, block, seed=0)),
         "in use": Choice(in_use, "" if in_use is not None else "no layout in the dense phase"),
     }
 
@@ -137,9 +137,9 @@ def resize_scores(scores: Tensor, trained: int, block: int, length: int) -> tupl
     return None, f"blocks of {block} neither divide the trained {trained} nor are a multiple of it"
 
 
-def _bigbird(blocks: int, block: int, seed: int, layer: int) -> Choice:
+def _bigbird(blocks: int, block: int, layer: int) -> Choice:
     try:
-        layout = bigbird_layout(1, blocks, RANDOM_BLOCKS, block, seed, layer)
+        layout = bigbird_layout(1, blocks, RANDOM_BLOCKS, block, 0, layer)
     except InputError:
         return Choice(None, f"wants more than {5 + 2 * RANDOM_BLOCKS} blocks a side; there are {blocks}")
     return Choice(BlockLayout(layout.grid[0], block))
@@ -185,13 +185,19 @@ def shrink(attention: Tensor, side: int) -> Tensor:
 
 
 def describe(maps: Tensor, real: Tensor | None = None) -> dict[str, Tensor]:
-    """Every number that needs no grid, by name:
+    """Every number that needs no grid, by name, each (B, H) float64, shares from 0 to 1. Padding queries don't count.
 
     small_share: entries below 1 / (10 L), of all that real queries have, padding keys among them.
     small_share_real: the same of real keys alone, below 1 / (10 times their number).
     top5_mass: mass of the largest 5 % of all entries of real queries.
     diagonal_mass: mass on keys at most one position away; diagonal_share: share of the entries that these are.
     padding_mass: mass on padding keys; padding_share: share of the keys that are padding.
+
+    Args:
+        maps: (B, H, L, L), rows summing to 1. real: (B, L) bool, True for real tokens; None where there is no padding.
+
+    Raises:
+        InputError: other shapes, or an example without a real token.
     """
     _check(maps, real)
     length = maps.shape[-1]

@@ -128,10 +128,10 @@ def attention_of(method: str, layout: BlockLayout, heads: int, length: int) -> A
     }[method]
 
 
-def three_operations(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, pruned: str = "zero") -> Tensor:
+def three_operations(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Tensor:
     """Block-sparse attention as three operations, the values of the sparse map in memory in between."""
     scores = ops.sddmm(q, k, layout)
-    weights = ops.sparse_softmax(scores, layout, q.shape[1], k.shape[2], pruned=pruned)
+    weights = ops.sparse_softmax(scores, layout, q.shape[1], k.shape[2])
     return ops.spmm(weights, v, layout, q.shape[2])
 
 

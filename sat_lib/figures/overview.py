@@ -6,7 +6,6 @@
 Numbers are taken from the tables of the other notebooks, so both say the same.
 """
 
-from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -145,11 +144,11 @@ def _cell(lines: pd.DataFrame, column: str) -> str:
 # ---- how fast --------------------------------------------------------------------------------------------------------
 
 
-def attention_speed(lines: pd.DataFrame, shapes: Iterable[tuple] = SHAPES) -> pd.DataFrame:
-    """Forward and backward of block-sparse attention at some shapes, and how many times as long its peers take.
+def attention_speed(lines: pd.DataFrame) -> pd.DataFrame:
+    """Forward and backward of block-sparse attention at `SHAPES`, and how many times as long its peers take.
 
     Args:
-        lines: of `experiments.kernel_summary`. shapes: batch, length, head size and density of each line.
+        lines: of `experiments.kernel_summary`.
 
     bfloat16, blocks of 32. FlexAttention has the same layout, at its fastest block side; a dash where it wasn't timed.
     """
@@ -157,7 +156,7 @@ def attention_speed(lines: pd.DataFrame, shapes: Iterable[tuple] = SHAPES) -> pd
     fused = lines[(lines["method"] == "fused") & (lines["dtype"] == "bfloat16") & (lines["block"] == 32)]
     shape = ["batch", "length", "head_size", "density"]
     table = []
-    for wanted in shapes:
+    for wanted in SHAPES:
         same = fused[np.isclose(fused[shape].astype(float), wanted).all(axis=1)]
         for _, line in same.iloc[:1].iterrows():
             table.append(

@@ -24,7 +24,7 @@ from ..common.device import stamp
 from ..common.errors import require
 from ..datasets.batches import batch_indices, to_device
 from ..datasets.tasks import task
-from ..training.fit import load_checkpoint, save_checkpoint
+from ..training.checkpoint import load_checkpoint, save_checkpoint
 from .encoders import pixels
 from .finetune import Images, accuracy, rate_schedule
 

@@ -37,8 +37,8 @@ CPU = torch.device("cpu")
 # ---- the finding -----------------------------------------------------------------------------------------------------
 
 
-def learnt(init: str, seed: int, steps: int = 80) -> dict[str, float]:
-    """What R~ has learnt of the uneven map of one layer, in steps of the published kind."""
+def learned(init: str, seed: int, steps: int = 80) -> dict[str, float]:
+    """What R~ has learned of the uneven map of one layer, in steps of the published kind."""
     settings = {"steps": 400, "warm_up": 20, "switch_at": 10**9, "density": 0.1, "seed": seed}
     config = tiny_config(model={"sparsity_init": init, "block": 16, "layers": 1}, **settings)
     trainer = Trainer(config, tiny_splits(), CPU)
@@ -53,7 +53,7 @@ def learnt(init: str, seed: int, steps: int = 80) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_parameter_as_released_learns_nothing_of_the_map(seed):
-    seen = learnt("released", seed)
+    seen = learned("released", seed)
     assert seen["best_mass"] > 0.25 and seen["form_mass"] > 0.2  # there is something to learn
     assert seen["mass_kept"] < 0.15  # chance: 0.1
     assert abs(seen["correlation"]) < 0.3
@@ -62,7 +62,7 @@ def test_the_parameter_as_released_learns_nothing_of_the_map(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_calibrated_parameter_learns_what_its_form_can_hold(seed):
-    seen = learnt("calibrated", seed)
+    seen = learned("calibrated", seed)
     assert seen["scale"] == pytest.approx(1, abs=0.2)
     assert seen["mass_kept"] > 0.9 * seen["form_mass"] > 0.18
     assert seen["correlation"] > 0.5
