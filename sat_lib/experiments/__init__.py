@@ -1,4 +1,8 @@
-"""Named experiments: a list of cases each, and a measurement that turns a case into a row (see `rows`)."""
+"""Named experiments: a list of cases each, and a measurement that turns a case into a row (see `rows`).
+
+A file a subject, which has its cases and measures them. row_files: where rows lie, and as tables; sweep: cases as jobs;
+kernel_summary: what the command line prints of kernels; demo: SAT in a minute.
+"""
 
 import shlex
 import time
@@ -65,7 +69,8 @@ def rows(
     Returns:
         The columns of case and result side by side, `resolved` of training runs, and experiment, commit, device, torch,
         date, wall_seconds of each row's stamp. Without rows the columns of the cases alone.
-        Empty if nothing was measured and nothing may be. `frame.attrs["missing"]` counts the cases without a row.
+        Empty if nothing was measured and nothing may be. `attrs` of the frame: "profile", and as "missing" how many
+        cases have no row.
 
     Raises:
         InputError: an unknown experiment or profile, what the measurement says, or a row that is needed isn't there.
@@ -79,7 +84,7 @@ def rows(
     found = file.read(here if measure else file.main_device())
     kept = [found[digest] for digest in map(files.digest, wanted) if digest in found]
     table = frame(kept, EXPERIMENTS[name].cases(profile))
-    table.attrs["missing"] = len(wanted) - len(kept)
+    table.attrs |= {"profile": profile, "missing": len(wanted) - len(kept)}
     for values in [{}] if needed is True else needed or []:
         _require_row(table, name, profile, only or {}, values)
     return table

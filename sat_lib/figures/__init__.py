@@ -1,9 +1,10 @@
 """Figures and tables from rows, and what is saved beside them. Nothing here measures.
 
-    figure, drawn = figures.step_time(rows)
+    figure, drawn = speed.step_time(rows)
     figures.save("04_step_time", "smoke", figure, drawn, rows)
 
-writes figures/smoke/04_step_time.pdf, .png, .csv (what is drawn) and .json (where it comes from).
+writes figures/smoke/04_step_time.pdf, .png, .csv (what is drawn) and .json (where it comes from). Files are named as
+those of the experiments that they draw; claims, judge, measures and evidence say what of the paper holds.
 """
 
 import json

@@ -1,1 +1,5 @@
-"""The encoder of the paper: PyTorch's modules, the sparsity parameter, and the fast layers."""
+"""The encoder of the paper.
+
+encoder: its configuration and modules. sparsity: the sparsity parameter W^P, its loss, its end. fused: fast parts with
+the same parameters. baseline_options: what the attentions are given of the configuration.
+"""

@@ -1,4 +1,4 @@
-"""SAT's three phases for pretrained encoders of transformers, and a look at their attention maps.
+"""SAT's three phases for pretrained encoders of transformers.
 
     model = load_model("bert-base-uncased", "text", classes=2)
     sat = SparseAttention(model, example_inputs, block=16, density=0.25)

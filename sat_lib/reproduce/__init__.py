@@ -6,7 +6,8 @@
 
 torch, papermill and pandas are imported by the stages' own processes alone, so it takes a second to find that
 everything is up to date. The state of a stage is written when it ends: doit, which could run the stages, writes all
-states when the command ends, and a kill would lose them.
+states when the command ends, and a kill would lose them. stages: what a stage is made of, and whether that changed;
+notebook: one of them executed; documents: the tables that README and REPRODUCE quote.
 """
 
 import csv

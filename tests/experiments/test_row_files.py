@@ -95,7 +95,7 @@ def test_bench_again_measures_what_has_a_row_and_the_new_row_counts(measured, tm
         assert len(measured) == count
     assert "attention 1/1: method sat, length 8, density 0.5" in capsys.readouterr().out
     rows = experiments.rows("attention", device="cpu", measure=False)
-    assert rows["ms"].tolist() == [1, 3] and rows.attrs["missing"] == 0
+    assert rows["ms"].tolist() == [1, 3] and rows.attrs == {"profile": "smoke", "missing": 0}
     assert len(files.read_rows(tmp_path / "runs/smoke/rows/attention.jsonl")) == 3
 
 
