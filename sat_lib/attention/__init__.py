@@ -6,9 +6,8 @@
 q, k, v are (B, H, L, D), the mask (B, L) bool with True for real tokens; out is (B, H, L, D). What else an attention
 takes are its options, by keyword, here or at the call.
 
-layout: which blocks are kept; patterns, static_patterns: rules that yield one. reference: the formulas; ops: the same as
-operators with kernels, by registration and build; statistics: numbers of a map. baselines, gather: what SAT is compared
-with.
+layout: which blocks are kept; patterns, static_patterns: rules for it. reference: formulas; ops: the same as operators,
+made by registration and build. statistics: numbers of a map. baselines, gather: what SAT is compared with.
 """
 
 import inspect

@@ -168,7 +168,7 @@ def _(grad, tokens, rows):
 def before_attention(
     x: Tensor, norm: torch.nn.LayerNorm, linears: tuple[torch.nn.Linear, torch.nn.Linear, torch.nn.Linear]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values of norm(x), each (..., 64), and x itself, to go on with as the residual stream.
+    """Queries, keys and values of norm(x), each (..., 64), and x itself, the residual stream.
 
     The gradient of that x is added inside the kernel; a pass over memory less than if autograd added it. Products in
     bfloat16, in which the three come on a GPU; on a CPU in x's dtype.
