@@ -16,6 +16,7 @@ def _differentiate_scaled(ctx, grad):
 from collections.abc import Callable
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import build
 from .reference import cast_as_autocast
@@ -63,7 +64,7 @@ def gradient(name: str, save: Callable) -> Callable[[Callable], Callable]:
 
     `save(ctx, inputs, output)` keeps what `differentiate(ctx, *grads)` wants, as in torch.library.register_autograd.
     That one isn't used: it takes every Tensor[] apart at each call, which costs more than all else in the call. Here a
-    list is one argument, whose gradient is None.
+    list is one argument, whose gradient is None. Second derivatives raise: those of the kernels would be incomplete.
     """
     call = getattr(torch.ops.sat_lib, name).default
 
@@ -74,7 +75,7 @@ def gradient(name: str, save: Callable) -> Callable[[Callable], Callable]:
         return output
 
     def register(differentiate: Callable) -> Callable:
-        members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(differentiate))}
         function = type(f"sat_lib_{name}", (torch.autograd.Function,), members)
 
         def with_autograd(*inputs):

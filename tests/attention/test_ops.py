@@ -109,6 +109,22 @@ def test_an_operand_may_be_the_only_one_that_takes_a_gradient(place, number_form
         assert attend(*(x.detach() for x in given)).grad_fn is None
 
 
+@pytest.mark.parametrize("name", ["attention", "sddmm", "sparse_softmax", "spmm"])
+def test_second_derivatives_are_refused(name, device):
+    q, k, v = inputs(32, 32, device, torch.float32, size=16)
+    layout = layouts(2, 2, 16, 2)["random"].to(device)
+    values = sddmm(q, k, layout).detach().requires_grad_()
+    call, x = {
+        "attention": (lambda: block_sparse_attention(q, k, v, layout), q),
+        "sddmm": (lambda: sddmm(q, k, layout), q),
+        "sparse_softmax": (lambda: sparse_softmax(values, layout, 2, 32), values),
+        "spmm": (lambda: spmm(values, v, layout, 32), v),
+    }[name]
+    (gradient,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
 def check_operation(operation, plain, operands, number_format):
     out, gradients = with_gradients(operation, operands)
     want, wanted = with_gradients(plain, [x.detach().double().requires_grad_() for x in operands])
