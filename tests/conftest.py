@@ -74,3 +74,8 @@ def tiny_config(attention="sat", preset="released", model=None, **changes) -> Ru
     if attention == "dense":
         recipe["switch_at"] = None
     return run_config("digits16", attention, preset, model=sizes, **(recipe | changes))
+
+
+def comparable(result: dict) -> dict:
+    """What of a run's result doesn't depend on when and how fast it was made."""
+    return {name: value for name, value in result.items() if name not in ("seconds", "stamp")}

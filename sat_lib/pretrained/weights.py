@@ -56,7 +56,8 @@ def _minilm() -> Path:
 
 
 def _cifar_vit() -> Path:
-    return _whole("cifar-vit", files.ROOT / "data" / "pretrained" / "cifar-vit", "Make it: python -m sat_lib pretrain")
+    way_out = "Make it: python -m sat_lib pretrain; or take it from the repository, it isn't in a wheel"
+    return _whole("cifar-vit", files.ROOT / "data" / "pretrained" / "cifar-vit", way_out)
 
 
 def _whole(name: str, path: Path, way_out: str) -> Path:

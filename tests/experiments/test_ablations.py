@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_splits
+from conftest import comparable, tiny_config, tiny_splits
 from torch import nn
 
 from sat_lib.attention.statistics import pool_blocks
@@ -339,10 +339,6 @@ def run(folder, config, phases=None):
     if phases is not None:
         share_dense_phase(config, tiny_splits(), folder, CPU, phases)
     return fit.fit(config, tiny_splits(), folder, CPU, progress=False)
-
-
-def comparable(result):
-    return {name: value for name, value in result.items() if name not in ("seconds", "stamp")}
 
 
 # What may differ between two runs that have their dense phase in common.

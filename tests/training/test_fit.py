@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_splits
+from conftest import comparable, tiny_config, tiny_splits
 
 from sat_lib.common import files
 from sat_lib.common.errors import InputError
@@ -25,10 +25,6 @@ CPU = torch.device("cpu")
 
 def run(folder, config=None, data=None, **settings):
     return fit(config or tiny_config(), data or tiny_splits(), folder, CPU, progress=False, **settings)
-
-
-def comparable(result):
-    return {name: value for name, value in result.items() if name not in ("seconds", "stamp")}
 
 
 def test_a_run_leaves_its_result_metrics_and_checkpoints(tmp_path):
