@@ -172,9 +172,7 @@ def _models(profile: str) -> list[tuple[str, str, str]]:
     """Model, kind, data: at the smoke profile the stand-ins, on MRPC if it is there; at the paper profile all."""
     if profile == "paper":
         return [*PUBLISHED_MODELS, *STAND_INS]
-    return [
-        (model, kind, pairs.default_pairs() if kind == "text" else data) for model, kind, data in STAND_INS
-    ]
+    return [(model, kind, pairs.default_pairs() if kind == "text" else data) for model, kind, data in STAND_INS]
 
 
 def _fine_tuning_case(model: str, kind: str, data: str, profile: str, **more) -> dict:
@@ -193,7 +191,7 @@ def motivation_cases(profile: str) -> list[dict]:
 def motivation(case: dict, context: Context) -> dict:
     """See `look_at_maps`."""
     settings = {name: value for name, value in case.items() if name != "examples"}
-    return look_at_maps(finetune.FineTuning(**settings), case["examples"], context.device)
+    return look_at_maps(FineTuning(**settings), case["examples"], context.device)
 
 
 def finetuning_cases(profile: str) -> list[dict]:
@@ -215,7 +213,7 @@ def finetuning_cases(profile: str) -> list[dict]:
 
 def fine_tune(case: dict, context: Context) -> dict:
     """See `finetune.fine_tune`."""
-    return finetune.fine_tune(finetune.FineTuning(**case), context.device)
+    return finetune.fine_tune(FineTuning(**case), context.device)
 
 
 def pretrained_step_cases(profile: str) -> list[dict]:

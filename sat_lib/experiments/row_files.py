@@ -31,7 +31,7 @@ class Context:
     profile: str
     device: torch.device
     root: Path
-    code: str  # digest of the source text behind this module
+    code: str  # digest of the source text behind all experiments
 
     @property
     def rows_folder(self) -> Path:

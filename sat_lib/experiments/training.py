@@ -17,14 +17,13 @@ from .step_time import throughput
 
 HISTORY_POINTS = 400  # of a training curve that go into its row
 
-
 SMOKE_RUN = {
     "digits": {"steps": 200, "warm_up": 20, "eval_every": 100, "batch": 4, "rate": 0.006, "switch_at": 100},
     "digits16": {"model": {"block": 16}, "steps": 200, "warm_up": 40, "eval_every": 50, "batch": 16, "rate": 0.004},
     "docstrings": {"model": {"layers": 1}, "steps": 200, "warm_up": 20, "eval_every": 100, "batch": 8, "rate": 0.004},
 }
 
-SHORT_RUN = {"steps": 1_000, "eval_every": 50}  # of a text set, for what a user has of it: see experiments.short_cases
+SHORT_RUN = {"steps": 1_000, "eval_every": 50}  # of a text set, for what a user has of it: see short_cases
 
 
 def run_case(task_name: str, attention: str, seed: int, profile: str, **changes) -> dict:
