@@ -28,7 +28,7 @@ def diagnosis_lines(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """What R~ has learnt over the steps: the mean over seeds and layers, in a band from the least to the most of them.
+    """What R~ has learned over the steps: the mean over seeds and layers, in a band from the least to the most of them.
 
     Dashed: what the nearest map of its form holds. A line of panels a task.
     """

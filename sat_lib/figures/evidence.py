@@ -131,6 +131,7 @@ def rows_of(frames: Frames, *experiments: str) -> pd.DataFrame:
     rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
     if "data_official" in rows:
         rows["data_official"] = rows["data_official"].astype(object).where(rows["data_official"].notna(), True)
+    rows.attrs = {name: part.attrs[name] for part in found for name in part.attrs if name == "profile"}
     return rows
 
 

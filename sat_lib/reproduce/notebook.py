@@ -20,6 +20,7 @@ from pathlib import Path
 from ..common import files
 
 INSERTED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill adds; they aren't numbered
+CHILD = "import pathlib, sys; from sat_lib.reproduce.notebook import main; main(pathlib.Path(sys.argv[1]))"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -52,7 +53,7 @@ def start(job: dict, work: Path, log: Path, stage_digest: str | None) -> subproc
     log.write_bytes(b"")
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "sat_lib.reproduce.notebook", str(work)],
+            [sys.executable, "-c", CHILD, str(work)],
             cwd=Path(job["notebook"]).parent,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -234,6 +235,3 @@ def _json_defect(path: Path) -> str | None:
         return str(error)
     return None
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
