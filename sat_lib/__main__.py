@@ -16,7 +16,7 @@ from .common.errors import InputError, require
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0, 1 (a stage failed), 2 (input to mend), 3 (training stopped)."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would take a busy CPU's cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long take a busy CPU's cores
     try:
         return options.run(options)
     except (InputError, OSError) as error:

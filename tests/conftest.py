@@ -3,7 +3,7 @@
 import os
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin would take a busy CPU's cores
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long take a busy CPU's cores
 
 import numpy as np
 import pytest
