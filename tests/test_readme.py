@@ -119,6 +119,6 @@ def test_numbers_in_sentences_are_those_of_the_tables():
         f"and {span(sparse['bert-base', 128])} times with 128",
         f"ViT base's with 197 takes {span(sparse['vit-base', 197])} times",
         f"a whole dense step takes {whole['dense']:.2f} times",
-        f"figures/smoke: {minutes:.0f} minutes on 2 busy cores",
+        f"figures/smoke: {minutes:.0f} minutes on 2 free cores",
     ):
         assert sentence in words
