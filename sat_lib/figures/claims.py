@@ -6,7 +6,6 @@
 A claim names its measure, in measures.py, and its rule, in judge.py.
 """
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from functools import cache
@@ -21,7 +20,7 @@ from ..datasets.tasks import TASKS
 from .evidence import Frames, column, with_sources
 from .judge import NOT_RUN, RULES, Claim, judge, span
 from .measures import MEASURES
-from .published import published_value
+from .published import published_value, read_toml
 from .speed import OPERATIONS
 
 PATH = files.ROOT / "data/claims.toml"
@@ -35,8 +34,7 @@ def claims(path: Path = PATH) -> tuple[Claim, ...]:
         InputError: the file isn't there; a claim lacks a key, has an unknown one, or names a rule, a measure or a
             published number that isn't there.
     """
-    require(path.exists(), f"{path} isn't there. It is in the repository, not in a wheel: install from a checkout")
-    return tuple(map(_claim, tomllib.loads(path.read_text())["claims"]))
+    return tuple(map(_claim, read_toml(path)["claims"]))
 
 
 def _claim(table: dict[str, Any]) -> Claim:
@@ -108,9 +106,8 @@ def verdict_table(frames: Frames) -> pd.DataFrame:
     return table
 
 
-def short_table(frames: Frames) -> pd.DataFrame:
-    """What of it fits a first page: the claims that something was run for."""
-    table = verdict_table(frames)
+def short_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What of `verdict_table` fits a first page: the claims that something was run for."""
     return table.loc[table["verdict"] != NOT_RUN, ["claim", "published", "ours", "verdict"]]
 
 

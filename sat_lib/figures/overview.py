@@ -6,12 +6,12 @@
 Numbers are taken from the tables of the other notebooks, so both say the same.
 """
 
-
 import numpy as np
 import pandas as pd
 
 from . import ablations, claims, pretrained, speed, training
-from .judge import WORDS
+from .evidence import where, with_sources
+from .judge import WORDS, Gap
 
 SHAPES = (  # batch, length, head size, density: short, the published workload, long, wide, denser, everything kept
     (256, 512, 32, 0.05),
@@ -48,7 +48,7 @@ def findings(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def _published(frames: dict[str, pd.DataFrame]) -> str:
     table = _means(frames, "accuracy", training.accuracy_table)
     ours = difference(table, {"attention": "sat"}, {"attention": "dense"}, task="CIFAR-10")
-    published = _where(table, task="CIFAR-10").set_index("attention")["published mean %"] if len(table) else {}
+    published = where(table, task="CIFAR-10").set_index("attention")["published mean %"] if len(table) else {}
     both = {"sat", "dense"} <= set(published.keys())
     return f"{ours} (published {published['sat'] - published['dense']:+.2f})" if both else ours
 
@@ -64,7 +64,7 @@ def _best(frames: dict[str, pd.DataFrame]) -> str:
     """Against the others as published, and with the average of the weights that "best" has."""
     table = ablations.best_table(frames) if len(frames["best"]) else pd.DataFrame()
     gains = {
-        name: _cell(_where(table, task="CIFAR-10", attention=name), "best gains")
+        name: _cell(where(table, task="CIFAR-10", attention=name), "best gains")
         for name in ("dense", "dense, averaged", "longformer, averaged")
     }
     averaged = f"dense {gains['dense, averaged']}, Longformer {gains['longformer, averaged']}"
@@ -87,8 +87,8 @@ def _of_tasks(frames: dict[str, pd.DataFrame], one: dict, other: dict) -> str:
 
 
 def _kept(frames: dict[str, pd.DataFrame]) -> str:
-    table = claims.verdict_table(frames)
-    return table.loc[table["claim"].str.contains("no more attention than random"), "ours"].item()
+    (claim,) = (one for one in claims.claims() if "no more attention than random" in one.text)
+    return claims.verdict(claim, with_sources(frames))["ours"]
 
 
 def _steps(frames: dict[str, pd.DataFrame]) -> str:
@@ -100,7 +100,7 @@ def _steps(frames: dict[str, pd.DataFrame]) -> str:
     }
     told = []
     for kind, label in kinds.items():
-        cells = [_cell(_where(table, **{"step of": kind}), f"{task} time / SAT's") for task in ("CIFAR-10", "AG News")]
+        cells = [_cell(where(table, **{"step of": kind}), f"{task} time / SAT's") for task in ("CIFAR-10", "AG News")]
         told.append(f"{label} {', '.join(cells)}")
     return "; ".join(told)
 
@@ -120,21 +120,14 @@ def _means(frames: dict[str, pd.DataFrame], experiment: str, make) -> pd.DataFra
 
 def difference(table: pd.DataFrame, one: dict, other: dict, **both) -> str:
     """Percentage points by which the mean of one line is above another's, with the standard error; "-" without both."""
-    lines = [_where(table, **both, **equal) for equal in (one, other)]
+    lines = [where(table, **both, **equal) for equal in (one, other)]
     if not all(map(len, lines)):
         return "-"
     (mean, deviation, runs), (other_mean, other_deviation, other_runs) = (
         pd.to_numeric(line.iloc[-1][MEAN], errors="coerce") for line in lines
     )
     error = np.sqrt(deviation**2 / runs + other_deviation**2 / other_runs)
-    return f"{mean - other_mean:+.2f}" + ("" if np.isnan(error) else f" ± {error:.2f}")
-
-
-def _where(table: pd.DataFrame, **equal) -> pd.DataFrame:
-    """The lines with these values; none of an empty table."""
-    for name, value in equal.items() if len(table) else ():
-        table = table[table[name] == value]
-    return table
+    return Gap(mean - other_mean, error, (runs, other_runs)).numbers
 
 
 def _cell(lines: pd.DataFrame, column: str) -> str:

@@ -17,6 +17,16 @@ from ..common.errors import require
 PATH = files.ROOT / "data/published.toml"
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file of data/ that is written by hand.
+
+    Raises:
+        InputError: it isn't there, as in an installed wheel.
+    """
+    require(path.exists(), f"{path} isn't there. It is in the repository, not in a wheel: install from a checkout")
+    return tomllib.loads(path.read_text())
+
+
 @cache
 def read(path: Path = PATH) -> dict[str, Any]:
     """Everything in the file; and `gain`, SAT's accuracy less dense attention's by task, which the paper doesn't state.
@@ -24,8 +34,7 @@ def read(path: Path = PATH) -> dict[str, Any]:
     Raises:
         InputError: the file isn't there, as in an installed wheel.
     """
-    require(path.exists(), f"{path} isn't there. It is in the repository, not in a wheel: install from a checkout")
-    numbers = tomllib.loads(path.read_text())
+    numbers = read_toml(path)
     sat, dense = numbers["accuracy"]["sat"], numbers["accuracy"]["dense"]
     return numbers | {"gain": {name: sat[name] - dense[name] for name in sat}}
 
