@@ -52,16 +52,12 @@ def read_docstrings(libraries: tuple[str, ...], sizes: dict[str, int], length: i
     """
     wanted = {split: size // len(libraries) for split, size in sizes.items()}
     seen: set[str] = set()
-    found = {split: [] for split in sizes}  # for each split one list of docstrings per library
-    for library in libraries:
-        texts = _library_docstrings(library, wanted, seen)
-        for split in sizes:
-            found[split].append(texts[split])
-    for split, per_library in found.items():
-        each = min(map(len, per_library))
-        counts = ", ".join(f"{library} {len(texts)}" for library, texts in zip(libraries, per_library, strict=True))
+    found = {library: _library_docstrings(library, wanted, seen) for library in libraries}
+    for split in sizes:
+        each = min(len(texts[split]) for texts in found.values())
+        counts = ", ".join(f"{library} {len(texts[split])}" for library, texts in found.items())
         require(each > 0, f"docstrings: wanted {split} examples of every library, found {counts}")
-        examples = [(text, label) for label, texts in enumerate(per_library) for text in texts[:each]]
+        examples = [(text, label) for label, texts in enumerate(found.values()) for text in texts[split][:each]]
         examples.sort(key=lambda example: _hash(example[0]))
         texts, labels = zip(*examples, strict=True)
         yield Batch(split, text_tokens(texts, length), np.array(labels))
@@ -146,8 +142,8 @@ def _listops_batch(rng: np.random.Generator, length: int) -> tuple[np.ndarray, n
     levels, lengths = _draw_shapes(rng, 4_000)
     kept = (lengths > _MIN_LENGTH) & (lengths < _MAX_LENGTH)
     levels = [_keep(level, kept) for level in levels]
-    sized = [(level, len(level.tree)) for level in levels]
-    symbols = [np.where(level.operator, rng.integers(4, size=n), rng.integers(10, size=n)) for level, n in sized]
+    sized = [(level.operator, len(level.tree)) for level in levels]
+    symbols = [np.where(operator, rng.integers(4, size=n), rng.integers(10, size=n)) for operator, n in sized]
     spans, values = _evaluate(levels, symbols)
     tokens = np.zeros((int(kept.sum()), length), np.uint16)
     starts = np.zeros(len(tokens), np.int64)
@@ -155,7 +151,7 @@ def _listops_batch(rng: np.random.Generator, length: int) -> tuple[np.ndarray, n
         tokens[level.tree, starts] = np.where(level.operator, 1 + symbol, _DIGIT + symbol)
         parents = level.operator
         tokens[level.tree[parents], (starts + span)[parents] - 1] = _CLOSE
-        if deeper is None or not parents.any():
+        if not parents.any():  # nor are there any deeper down
             break
         first = np.cumsum(level.arguments) - level.arguments  # index of each operator's first child
         before = np.cumsum(deeper) - deeper  # tokens of all nodes left of a child, on its level

@@ -1,17 +1,14 @@
 """Tasks by name -> token arrays: download with checksum, one cache folder per task, splits over memory-mapped files.
 
 `prepare` makes a task's cache, `load` opens it, `describe` lists what is there. A cache is `data/cache/<task>/` with
-one raw token file and one label file per split, and `meta.json` with sizes and checksums; it appears whole or not at
-all. Beside this file: `tasks.py` is the table, `downloads.py` fetches, `readers.py` reads the official formats,
-`builtin.py` makes the sets that need no download.
+one raw token file and one label file per split, and `meta.json` with sizes and checksums. Beside this file: `tasks.py`
+is the table, `downloads.py` fetches, `readers.py` reads the official formats, `builtin.py` makes the sets that need no
+download, `store.py` keeps a folder whole.
 """
 
-import contextlib
+import functools
 import importlib.metadata
-import json
-import os
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +18,11 @@ from tqdm import tqdm
 
 from ..common import files
 from ..common.errors import InputError, require
-from . import builtin, readers
-from .downloads import download, mismatch
+from . import builtin, readers, store
+from .downloads import download_all, mismatch
 from .tasks import TASKS, Task, task
 
 FORMAT = 1  # of the cache; a cache of another format has to be made again
-HASHED_BYTES = 100_000_000  # files up to here are hashed at every load, larger ones only if their date has changed
 PROTOCOLS = ("dev", "published")
 _SIZED = ("docstrings", "listops")  # loaders that make as many examples as asked for
 
@@ -90,35 +86,35 @@ def load(name: str, root: Path | None = None, protocol: str = "dev", source: Pat
     """
     chosen = task(name)
     require(protocol in PROTOCOLS, f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
-    folder = _root(root) / name
+    folder = store.place(name, root)
     if chosen.embedded or source is not None:
-        meta = _prepared(chosen, folder, source, progress=True, sizes=None)
+        prepare(name, root, source)
     else:
-        way_out = f"run `python -m sat_lib data prepare {name}{' --source DIR' if not chosen.official else ''}` first"
-        if chosen.official:
-            way_out += " (with `--source DIR` if its official files are there already)"
-        require(folder.exists(), f"task {name} is not prepared: there is no {folder}; {way_out}")
-        meta = _verified(chosen, folder)
-    stored = {split: _open_split(chosen, folder, split, entry["rows"]) for split, entry in meta["splits"].items()}
+        _verified(chosen, folder)
+    stored = {split: _open_split(chosen, folder, split) for split in chosen.sizes}
     train, test = stored["train"], stored["test"]
     if "dev" in stored:
         return Splits(chosen, train, stored["dev"], test, protocol)
     if protocol == "published" and chosen.published_dev_is_test:
         return Splits(chosen, train, test, test, protocol)
-    return Splits(chosen, *_carve(chosen, train), test, protocol)
+    require(len(train) > 1, f"task {name} has {len(train)} train example; a dev split needs at least 2")
+    return Splits(chosen, *carve(train, chosen.dev_share), test, protocol)
 
 
-def _open_split(chosen: Task, folder: Path, split: str, rows: int) -> Split:
-    path = folder / f"{split}.tokens"
-    stored = np.memmap(path, chosen.dtype, mode="r", shape=(rows, chosen.length))
-    return Split(stored, np.arange(rows), np.load(folder / f"{split}.labels.npy", allow_pickle=False))
+def _open_split(chosen: Task, folder: Path, split: str) -> Split:
+    labels = np.load(folder / f"{split}.labels.npy", allow_pickle=False)
+    rows = np.arange(len(labels))
+    stored = np.memmap(folder / f"{split}.tokens", chosen.dtype, mode="r", shape=(len(rows), chosen.length))
+    return Split(stored, rows, labels)
 
 
-def _carve(chosen: Task, train: Split) -> tuple[Split, Split]:
-    """Train without dev, and dev: a random part, the same in every run, both in the order of the file."""
-    require(len(train) > 1, f"task {chosen.name} has {len(train)} train example; a dev split needs at least 2")
-    size = min(max(round(len(train) * chosen.dev_share), 1), 10_000)
-    shuffled = np.random.default_rng(0).permutation(len(train))
+def carve(train, share: float, seed: int = 0) -> tuple:
+    """Train without dev, and dev: a random `share`, at most 10,000, both in the order of `train`.
+
+    `train` is anything with a length and `take`, as `Split` has them. The same seed draws the same examples.
+    """
+    size = min(max(round(len(train) * share), 1), 10_000)
+    shuffled = np.random.default_rng(seed).permutation(len(train))
     return train.take(np.sort(shuffled[size:])), train.take(np.sort(shuffled[:size]))
 
 
@@ -147,10 +143,15 @@ def prepare(
             that is damaged or was made from another source or in other sizes; another process preparing it.
             Whatever is raised, an earlier cache stays as it was and no new one is left half made.
     """
-    chosen = task(name)
-    folder = _root(root) / name
-    _prepared(chosen, folder, source, progress, sizes)
-    return folder
+    chosen, folder = task(name), store.place(name, root)
+    require(source is None or not chosen.embedded, f"task {name} is embedded and takes no source")
+    if sizes is not None:
+        require(chosen.loader in _SIZED, f"task {name} has fixed sizes; only {' and '.join(_SIZED)} take others")
+        good = set(sizes) == set(chosen.sizes) and all(isinstance(n, int) and n > 0 for n in sizes.values())
+        require(good, f"sizes of {name}: wanted a positive number for {', '.join(chosen.sizes)}, got {sizes}")
+    usable = functools.partial(_usable, chosen, folder, sizes)
+    fill = functools.partial(_fill, chosen, folder, chosen.sizes | (sizes or {}), progress)
+    return store.prepared(folder, source, usable, fill)
 
 
 def describe(root: Path | None = None) -> list[dict]:
@@ -164,120 +165,63 @@ def describe(root: Path | None = None) -> list[dict]:
         row = {"name": entry.name, "kind": entry.kind, "classes": len(entry.classes), "length": entry.length}
         row |= {"vocab": entry.vocab, "splits": dict(entry.sizes), "verified": None}
         row["state"] = "embedded" if entry.embedded else "not prepared"
-        folder = _root(root) / entry.name
+        folder = store.place(entry.name, root)
         if folder.exists():
             try:
                 meta = _verified(entry, folder, hashes=False)
-            except InputError:
-                row["state"] = "damaged"
-            else:
                 splits = {split: value["rows"] for split, value in meta["splits"].items()}
                 row |= {"state": "ready", "splits": splits, "verified": meta["verified"]}
+            except (InputError, KeyError):
+                row["state"] = "damaged"
         rows.append(row)
     return rows
 
 
 def provenance(name: str, root: Path | None = None) -> dict:
-    """What a result says of its data: `data_digest` of a prepared cache's files, and `data_official`.
-
-    The latter is whether they come from files whose published checksum held, or are made by the package itself.
-    """
-    meta = _verified(task(name), _root(root) / name, hashes=False)
-    parts = {part: record["sha256"] for part, record in meta["files"].items()}
-    return {"data_digest": files.digest(parts), "data_official": task(name).embedded or meta["verified"]}
+    """What a result says of its data: `data_digest` and `data_official`, see `store.provenance`."""
+    return store.provenance(_verified(task(name), store.place(name, root), hashes=False))
 
 
-def _root(root: Path | None) -> Path:
-    return Path(root) if root is not None else files.ROOT / "data" / "cache"
+def _verified(chosen: Task, folder: Path, hashes: bool = True) -> dict:
+    """`meta.json` of the task's cache, see `store.verified`."""
+    names = {f"{split}{end}" for split in chosen.sizes for end in (".tokens", ".labels.npy")}
+    return store.verified(folder, names, _kind(chosen), hashes)
 
 
-def _prepared(chosen: Task, folder: Path, source: Path | None, progress: bool, sizes: dict[str, int] | None) -> dict:
-    """`meta.json` of the task's cache, which is made if it isn't there."""
-    source = _checked_source(chosen, source)
-    sizes = _checked_sizes(chosen, sizes)
-    meta = _usable(chosen, folder, source, sizes)
-    if meta is not None:
-        return meta
-    try:
-        with files.lock(folder.parent / f".{chosen.name}.lock", f"preparing {chosen.name}"):
-            meta = _usable(chosen, folder, source, sizes)  # another process may have made it meanwhile
-            return meta if meta is not None else _build(chosen, folder, source, progress, sizes)
-    except OSError as error:
-        raise InputError(f"{folder.parent} is no place for a cache: {error}. Choose another folder") from error
+def _kind(chosen: Task) -> dict:
+    """What `meta.json` has to say for this package to read the cache as this task."""
+    return {
+        "format": FORMAT, "task": chosen.name, "length": chosen.length, "vocab": chosen.vocab,
+        "classes": list(chosen.classes), "dtype": chosen.dtype.name,
+    }  # fmt: skip
 
 
-def _checked_source(chosen: Task, source: Path | None) -> Path | None:
-    if source is None:
-        return None
-    require(not chosen.embedded, f"task {chosen.name} is embedded and takes no source")
-    require(Path(source).is_dir(), f"source {source} is not a folder; name the one that holds the official files")
-    return Path(source).resolve()
+def _versions(chosen: Task) -> dict[str, str]:
+    """Versions of what the task's tokens are computed with."""
+    version = lambda package: platform.python_version() if package == "python" else importlib.metadata.version(package)
+    return {package: version(package) for package in chosen.packages}
 
 
-def _checked_sizes(chosen: Task, sizes: dict[str, int] | None) -> dict[str, int] | None:
-    if sizes is None:
-        return None
-    require(chosen.loader in _SIZED, f"task {chosen.name} has fixed sizes; only {' and '.join(_SIZED)} take others")
-    good = set(sizes) == set(chosen.sizes) and all(isinstance(n, int) and n > 0 for n in sizes.values())
-    require(good, f"sizes of {chosen.name}: wanted a positive number for {', '.join(chosen.sizes)}, got {sizes}")
-    return {split: sizes[split] for split in chosen.sizes}
-
-
-def _usable(chosen: Task, folder: Path, source: Path | None, sizes: dict[str, int] | None) -> dict | None:
-    """`meta.json` of a cache that answers the request; None if there is none or installed versions have changed."""
-    if not folder.exists():
-        return None
+def _usable(chosen: Task, folder: Path, sizes: dict[str, int] | None) -> dict | None:
+    """`meta.json` of a cache that answers the request; None if installed versions have changed."""
     meta = _verified(chosen, folder)
-    made = meta["source"]
-    if source is not None and made != str(source):
-        raise InputError(f"{folder} was made from {made or 'a download'}, not from {source}: delete it to make it anew")
     if sizes is not None and meta["sizes"] != sizes:
         raise InputError(f"{folder} was made with sizes {meta['sizes']}, not {sizes}: delete it to make it anew")
     return meta if not chosen.embedded or meta["versions"] == _versions(chosen) else None
 
 
-def _build(chosen: Task, folder: Path, source: Path | None, progress: bool, sizes: dict[str, int] | None) -> dict:
-    """Make the cache in a folder beside its place, then put it there."""
+def _fill(
+    chosen: Task, folder: Path, sizes: dict[str, int], progress: bool, building: Path, source: Path | None
+) -> dict:
+    """Write the task's tokens and labels into the folder `building`; return what `meta.json` says of them."""
     if folder.exists():
         print(f"{chosen.name}: {folder} was made with other versions of {', '.join(chosen.packages)}; making it anew")
-    building, retired = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "retired"))
-    for leftover in (building, retired):  # of a process that was killed; the lock says that none is at work
-        shutil.rmtree(leftover, ignore_errors=True)
-    sizes = sizes or chosen.sizes
     paths, records, verified = _inputs(chosen, folder.parent / "downloads" / chosen.name, source, progress)
-    try:
-        building.mkdir(parents=True)
-        meta = _kind(chosen) | {
-            "sizes": sizes if chosen.loader in _SIZED else None, "source": str(source) if source else None,
-            "verified": verified, "source_files": records, "versions": _versions(chosen),
-        }  # fmt: skip
-        meta["splits"] = _write_splits(chosen, building, _batches(chosen, paths, sizes), sizes, progress)
-        meta["files"] = {path.name: _file_record(path) for path in sorted(building.iterdir())}
-        files.write_json(building / "meta.json", meta)
-        _swap(building, folder, retired)
-    except OSError as error:
-        state = "The earlier cache is unchanged" if folder.exists() else "Nothing was left behind"
-        raise InputError(
-            f"could not write the cache of {chosen.name} in {folder.parent}: {error.strerror or error}. {state}. "
-            "Free some space, or choose another folder, and run again"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
-    return meta
-
-
-def _swap(new: Path, folder: Path, retired: Path) -> None:
-    """Put `new` in the place of `folder`, which goes to `retired`, or back if that fails."""
-    earlier = folder.exists()
-    if earlier:
-        folder.rename(retired)
-    try:
-        new.rename(folder)
-    except OSError:
-        if earlier:
-            retired.rename(folder)
-        raise
+    meta = _kind(chosen) | {
+        "sizes": sizes if chosen.loader in _SIZED else None, "verified": verified, "source_files": records,
+        "versions": _versions(chosen),
+    }  # fmt: skip
+    return meta | {"splits": _write_splits(chosen, building, _batches(chosen, paths, sizes), sizes, progress)}
 
 
 def _batches(chosen: Task, paths: list[Path], sizes: dict[str, int]) -> Iterator[readers.Batch]:
@@ -301,89 +245,28 @@ def _batches(chosen: Task, paths: list[Path], sizes: dict[str, int]) -> Iterator
 def _write_splits(
     chosen: Task, folder: Path, batches: Iterator[readers.Batch], sizes: dict[str, int], progress: bool
 ) -> dict[str, dict]:
-    """Write tokens and labels of every split, flushed to disk; return rows and class counts per split."""
-    labels = {split: [] for split in sizes}  # of each split pairs (rows, labels), batch by batch
-    counts = dict.fromkeys(sizes, 0)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(desc=chosen.name, total=sum(sizes.values()), unit=" examples", disable=not progress)
-        )
-        tokens = {split: stack.enter_context((folder / f"{split}.tokens").open("wb")) for split in sizes}
-        for batch in batches:
-            assert batch.tokens.dtype == chosen.dtype and batch.tokens.shape == (len(batch.labels), chosen.length)
-            start, n = counts[batch.split], len(batch.labels)
-            rows = np.arange(start, start + n) if batch.rows is None else batch.rows
-            _write_rows(tokens[batch.split], batch)
-            labels[batch.split].append((rows, np.asarray(batch.labels, np.int64)))
-            counts[batch.split] += n
-            bar.update(n)
-        for file in tokens.values():
-            file.flush()
-            os.fsync(file.fileno())
+    """Write tokens and labels of every split; return rows and class counts per split."""
+    rows, labels = ({split: [] for split in sizes} for _ in range(2))
+    for split in sizes:
+        (folder / f"{split}.tokens").touch()
+    with tqdm(desc=chosen.name, total=sum(sizes.values()), unit=" examples", disable=not progress) as bar:
+        for split, tokens, values, places in batches:
+            assert tokens.dtype == chosen.dtype and tokens.shape == (len(values), chosen.length)
+            places = range(len(rows[split]), len(rows[split]) + len(values)) if places is None else places.tolist()
+            with (folder / f"{split}.tokens").open("rb+") as file:
+                for place, row in zip(places, tokens, strict=True):
+                    file.seek(place * row.nbytes)
+                    file.write(row)
+            rows[split] += places
+            labels[split] += values.tolist()
+            bar.update(len(values))
     summary = {}
-    for split, pairs in labels.items():
-        ordered = np.empty(counts[split], np.int64)
-        for rows, values in pairs:
-            ordered[rows] = values
+    for split in sizes:
+        ordered = np.array(labels[split], np.int64)[np.argsort(rows[split])]
         np.save(folder / f"{split}.labels.npy", ordered)
         per_class = np.bincount(ordered, minlength=len(chosen.classes))
-        summary[split] = {"rows": counts[split], "per_class": per_class.tolist()}
+        summary[split] = {"rows": len(ordered), "per_class": per_class.tolist()}
     return summary
-
-
-def _write_rows(file, batch: readers.Batch) -> None:
-    if batch.rows is None:
-        file.write(batch.tokens.tobytes())
-        return
-    for row, line in zip(batch.rows.tolist(), batch.tokens, strict=True):
-        file.seek(row * line.nbytes)
-        file.write(line.tobytes())
-
-
-def _kind(chosen: Task) -> dict:
-    """What `meta.json` has to say for this package to read the cache as this task."""
-    return {
-        "format": FORMAT, "task": chosen.name, "length": chosen.length, "vocab": chosen.vocab,
-        "classes": list(chosen.classes), "dtype": chosen.dtype.name,
-    }  # fmt: skip
-
-
-def _versions(chosen: Task) -> dict[str, str]:
-    """Versions of what the task's tokens are computed with."""
-    version = lambda package: platform.python_version() if package == "python" else importlib.metadata.version(package)
-    return {package: version(package) for package in chosen.packages}
-
-
-def _file_record(path: Path) -> dict:
-    stat = path.stat()
-    return {"bytes": stat.st_size, "sha256": files.file_digest(path), "mtime_ns": stat.st_mtime_ns}
-
-
-def _verified(chosen: Task, folder: Path, hashes: bool = True) -> dict:
-    """`meta.json` of a cache whose files are as they were written.
-
-    Raises:
-        InputError: it is damaged or of another format.
-    """
-    again = f"Delete the folder and run `python -m sat_lib data prepare {chosen.name}` again"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        kind = _kind(chosen).items()
-        differing = [f"{key} {meta[key]}, wanted {wanted}" for key, wanted in kind if meta[key] != wanted]
-        parts = {name: (part["bytes"], part["mtime_ns"], part["sha256"]) for name, part in meta["files"].items()}
-        needed = {f"{split}{end}" for split in meta["splits"] for end in (".tokens", ".labels.npy")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the cache {folder} has no usable meta.json ({error}). {again}") from error
-    require(not differing, f"the cache {folder} is of another kind ({'; '.join(differing)}). {again}")
-    require(needed == set(parts), f"the cache {folder} is damaged (meta.json names other files). {again}")
-    for name, (size, mtime_ns, digest) in parts.items():
-        path = folder / name
-        got = path.stat().st_size if path.is_file() else 0
-        require(got == size, f"the cache {folder} is damaged ({name}: wanted {size:,} bytes, got {got:,}). {again}")
-        if hashes and (size <= HASHED_BYTES or path.stat().st_mtime_ns != mtime_ns):
-            good = files.file_digest(path) == digest
-            require(good, f"the cache {folder} is damaged ({name} is not what was written). {again}")
-    return meta
 
 
 # ---- source files and downloads --------------------------------------------------------------------------------------
@@ -396,31 +279,19 @@ def _inputs(
     if chosen.embedded:
         return [], [], None
     if source is not None:
-        paths = _find(chosen, source)
+        paths = readers.find_files(source, chosen.folder, chosen.loader, chosen.archive)
         records = [_source_record(chosen, path, source) for path in paths]
         return paths, records, all(record["verified"] for record in records)
     if not chosen.official:
         wanted = "train.csv and test.csv, each plain or as .gz or .xz"
         raise InputError(f"task {chosen.name} has no official download in csv form: put {wanted} in a folder and "
                          f"run `python -m sat_lib data prepare {chosen.name} --source DIR`")  # fmt: skip
-    if progress:
-        size = " (120 GB for the images)" if chosen.name == "inaturalist" else ""
-        print(f"{chosen.name}: downloading {len(chosen.official)} file(s){size} to {downloads}", flush=True)
-    paths = [download(official, downloads, progress, chosen.name) for official in chosen.official]
+    paths = download_all(chosen.official, downloads, progress, chosen.name)
     records = [
         {"file": entry.name, "url": entry.url, entry.algorithm: entry.digest, "verified": True}
         for entry in chosen.official
     ]
     return paths, records, True
-
-
-def _find(chosen: Task, folder: Path) -> list[Path]:
-    match chosen.loader:
-        case "cifar10":
-            return readers.find_files(folder, chosen.folder, readers.CIFAR_FILES, ("",), chosen.archive)
-        case "inaturalist":
-            return readers.find_inaturalist(folder)
-    return readers.find_files(folder, chosen.folder, ["train.csv", "test.csv"], ("", ".gz", ".xz"), chosen.archive)
 
 
 def _source_record(chosen: Task, path: Path, source: Path) -> dict:

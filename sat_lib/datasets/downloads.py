@@ -2,6 +2,7 @@
 
 import http.client
 import urllib.request
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,23 @@ class Official:
     digest: str
 
 
+def officials(address: str, digests: dict[str, str], algorithm: str = "md5") -> tuple[Official, ...]:
+    """Files that lie at `address`: their names and digests."""
+    return tuple(Official(name, address + name, algorithm, digest) for name, digest in digests.items())
+
+
 def mismatch(path: Path, official: Official, found: str, way_out: str) -> str:
     """The message for a file that bears an official name and isn't that file."""
     wanted = f"wanted {official.algorithm} {official.digest}, got {found}"
     return f"{path} is not the official {official.name}: {wanted}. {way_out} ({official.url})"
+
+
+def download_all(wanted: Collection[Official], folder: Path, progress: bool, task_name: str) -> list[Path]:
+    """Say what comes, then `download` one file after the other."""
+    if progress:
+        size = " (120 GB for the images)" if task_name == "inaturalist" else ""
+        print(f"{task_name}: downloading {len(wanted)} file(s){size} to {folder}", flush=True)
+    return [download(official, folder, progress, task_name) for official in wanted]
 
 
 def download(official: Official, folder: Path, progress: bool = True, task_name: str = "TASK") -> Path:

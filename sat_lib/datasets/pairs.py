@@ -3,7 +3,7 @@
 `prepare_mrpc` puts the corpus into `data/cache/mrpc`, whole or not at all; `load_pairs` reads either set.
 """
 
-import json
+import functools
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ import numpy as np
 
 from ..common import files
 from ..common.errors import InputError, require
-from . import cache
-from .downloads import Official, download
+from . import cache, store
+from .downloads import download_all, officials
 
 NAMES = ("mrpc", "docstrings")
 _ADDRESS = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
-_TRAIN, _TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
-MRPC = {
-    "train": Official(_TRAIN, _ADDRESS + _TRAIN, "md5", "793daf7b6224281e75fe61c1f80afe35"),
-    "test": Official(_TEST, _ADDRESS + _TEST, "md5", "e437fdddb92535b820fe8852e2df8a49"),
+_DIGESTS = {
+    "msr_paraphrase_train.txt": "793daf7b6224281e75fe61c1f80afe35",
+    "msr_paraphrase_test.txt": "e437fdddb92535b820fe8852e2df8a49",
 }
+MRPC = dict(zip(("train", "test"), officials(_ADDRESS, _DIGESTS), strict=True))
 MRPC_SIZES = {"train": 4_076, "test": 1_725}  # pairs
 _HEADER = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
 
@@ -44,13 +44,19 @@ class Pairs:
         return Pairs([self.first[k] for k in indices], [self.second[k] for k in indices], self.labels[indices])
 
 
+def _pairs(rows: list[tuple[str, str, int]]) -> Pairs:
+    """Pairs from (first, second, label)."""
+    first, second, labels = zip(*rows, strict=True)
+    return Pairs(list(first), list(second), np.array(labels, np.int64))
+
+
 class PairSplits(NamedTuple):
-    """A set of pairs; `provenance` is what a result says of its data, as `datasets.provenance` has it."""
+    """A set of pairs."""
 
     train: Pairs
     dev: Pairs
     test: Pairs
-    provenance: dict  # data_digest and data_official
+    provenance: dict  # what a result says of its data, see `datasets.provenance`
 
 
 def load_pairs(name: str, seed: int = 0, root: Path | None = None) -> PairSplits:
@@ -75,8 +81,8 @@ def is_ready(name: str, root: Path | None = None) -> bool:
         InputError: another name.
     """
     require(name in NAMES, f"name: wanted pairs of {' or '.join(NAMES)}; got {name!r}")
-    needed = [*(official.name for official in MRPC.values()), "meta.json"]
-    return name == "docstrings" or all((_folder(root) / file).is_file() for file in needed)
+    folder = store.place("mrpc", root)
+    return name == "docstrings" or all((folder / file).is_file() for file in (*_names(), "meta.json"))
 
 
 def default_pairs(root: Path | None = None) -> str:
@@ -106,24 +112,34 @@ def prepare_mrpc(source: Path | None = None, root: Path | None = None, progress:
         InputError: files missing, damaged or (downloaded) not the official ones; no network; a full disk; a folder
             made from another source; another process preparing it. Nothing is left half made.
     """
-    folder = _folder(root)
-    if source is not None:
-        require(Path(source).is_dir(), f"source {source} is not a folder; name the one that holds {_TRAIN} and {_TEST}")
-        source = Path(source).resolve()
-    try:
-        with files.lock(folder.parent / ".mrpc.lock", "preparing mrpc"):
-            if folder.exists():
-                made = _checked_meta(folder)["source"]
-                same = source is None or made == str(source)
-                require(same, f"{folder} was made from {made or 'a download'}, not from {source}: delete it to make "
-                              "it anew")  # fmt: skip
-            else:
-                _build(folder, source, progress)
-    except OSError as error:
-        raise InputError(
-            f"could not put mrpc into {folder} ({error}). Nothing was left there: mend that and run again"
-        ) from error
-    return folder
+    folder = store.place("mrpc", root)
+    fill = functools.partial(_fill_mrpc, folder.parent / "downloads" / "mrpc", progress)
+    return store.prepared(folder, source, functools.partial(store.verified, folder, _names(), {}), fill)
+
+
+def _names() -> set[str]:
+    return {official.name for official in MRPC.values()}
+
+
+def _fill_mrpc(downloads: Path, progress: bool, building: Path, source: Path | None) -> dict:
+    """Copy the two files into the folder `building` if they hold what they should.
+
+    Files other than the official ones have to hold as many pairs, and a line says which it is.
+    """
+    if source is None:
+        download_all(MRPC.values(), downloads, progress, "mrpc")
+    verified = True
+    for split, official in MRPC.items():
+        path = (source or downloads) / official.name
+        require(path.is_file(), f"{path.parent} has no {path.name}. Put it there ({official.url}) or name its folder")
+        count, wanted = len(read_mrpc(path)), MRPC_SIZES[split]
+        require(count == wanted, f"{path}: wanted {wanted:,} pairs, got {count:,}. Fetch it again ({official.url})")
+        found = files.file_digest(path, official.algorithm)
+        if found != official.digest:
+            verified = False
+            print(f"mrpc: {path} has {official.algorithm} {found}, the official file {official.digest}: taken as it is")
+        shutil.copyfile(path, building / path.name)
+    return {"verified": verified}
 
 
 def read_mrpc(path: Path) -> Pairs:
@@ -134,100 +150,29 @@ def read_mrpc(path: Path) -> Pairs:
     """
     content = Path(path).read_bytes()
     try:
-        header, *lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: wanted UTF-8 ({error.reason}). Fetch it again") from error
-    columns = header.removesuffix("\r").split("\t")
-    require(columns == _HEADER, f"{path}, line 1: wanted the columns {_HEADER}, got {columns}. Fetch it again")
-    rows = [_mrpc_row(f"{path}, line {number}", line.removesuffix("\r")) for number, line in enumerate(lines, 2)]
+    header, *rows = (line.removesuffix("\r").split("\t") for line in lines)
+    require(header == _HEADER, f"{path}, line 1: wanted the columns {_HEADER}, got {header}. Fetch it again")
     require(bool(rows), f"{path}: wanted pairs below the header, got none. Fetch it again")
-    labels, first, second = zip(*rows, strict=True)
-    return Pairs(list(first), list(second), np.array(labels, np.int64))
-
-
-def _mrpc_row(where: str, line: str) -> tuple[int, str, str]:
-    """Label, first and second text of a line."""
-    columns = line.split("\t")
-    wanted = f"{len(_HEADER)} columns ({', '.join(_HEADER)})"
-    require(len(columns) == len(_HEADER), f"{where}: wanted {wanted}, got {len(columns)}. Fetch it again")
-    quality, _, _, first, second = columns
-    require(quality in ("0", "1"), f"{where}: wanted quality 0 or 1, got {quality[:40]!r}. Fetch it again")
-    require(bool(first.strip() and second.strip()), f"{where}: wanted two texts, got {first!r} and {second!r}")
-    return int(quality), first, second
-
-
-def _folder(root: Path | None) -> Path:
-    return (Path(root) if root is not None else files.ROOT / "data" / "cache") / "mrpc"
-
-
-def _build(folder: Path, source: Path | None, progress: bool) -> None:
-    """Copy checked files into a folder beside `folder`, then give it that name."""
-    given = source
-    if source is None:
-        source = folder.parent / "downloads" / "mrpc"
-        if progress:
-            print(f"mrpc: downloading {len(MRPC)} files to {source}", flush=True)
-        for official in MRPC.values():
-            download(official, source, progress, "mrpc")
-    verified = [_fits(source / official.name, split) for split, official in MRPC.items()]
-    building = folder.with_name(".mrpc.building")
-    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed; the lock says that none is at work
-    try:
-        for official in MRPC.values():
-            files.write(building / official.name, (source / official.name).read_bytes())
-        digests = {official.name: files.file_digest(building / official.name) for official in MRPC.values()}
-        meta = {"source": str(given) if given else None, "verified": all(verified), "files": digests}
-        files.write_json(building / "meta.json", meta)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _fits(path: Path, split: str) -> bool:
-    """Whether a file is the official one. Another one has to hold as many pairs, and a line says which it is.
-
-    Raises:
-        InputError: it is missing, or isn't MRPC's file of that split.
-    """
-    official = MRPC[split]
-    require(path.is_file(), f"{path.parent} has no {official.name}. Put it there ({official.url}) or name its folder")
-    count = len(read_mrpc(path))
-    wanted = MRPC_SIZES[split]
-    require(count == wanted, f"{path}: wanted {wanted:,} pairs, got {count:,}. Fetch it again ({official.url})")
-    found = files.file_digest(path, official.algorithm)
-    if found != official.digest:
-        print(f"mrpc: {path} has {official.algorithm} {found}, the official file {official.digest}: taken as it is")
-    return found == official.digest
-
-
-def _checked_meta(folder: Path) -> dict:
-    """`meta.json` of a prepared folder whose files are as they were put there.
-
-    Raises:
-        InputError: they aren't.
-    """
-    again = f"Delete {folder} and run `python -m sat_lib data prepare mrpc` again"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        found = {official.name: files.file_digest(folder / official.name) for official in MRPC.values()}
-        good = meta["files"] == found and {"source", "verified"} <= set(meta)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is not complete ({type(error).__name__}: {error}). {again}") from error
-    require(good, f"{folder} is damaged: its files are not what was put there. {again}")
-    return meta
+    pairs = []
+    for number, row in enumerate(rows, 2):
+        where, wanted = f"{path}, line {number}", f"{len(_HEADER)} columns ({', '.join(_HEADER)})"
+        require(len(row) == len(_HEADER), f"{where}: wanted {wanted}, got {len(row)}. Fetch it again")
+        quality, _, _, first, second = row
+        require(quality in ("0", "1"), f"{where}: wanted quality 0 or 1, got {quality[:40]!r}. Fetch it again")
+        require(bool(first.strip() and second.strip()), f"{where}: wanted two texts, got {first!r} and {second!r}")
+        pairs.append((first, second, int(quality)))
+    return _pairs(pairs)
 
 
 def _load_mrpc(seed: int, root: Path | None) -> PairSplits:
-    folder = _folder(root)
-    way_out = "run `python -m sat_lib data prepare mrpc` first (with `--source DIR` if its files are there already)"
-    require(folder.exists(), f"mrpc is not prepared: there is no {folder}; {way_out}")
-    meta = _checked_meta(folder)
+    folder = store.place("mrpc", root)
+    meta = store.verified(folder, _names(), {})
     whole, test = (read_mrpc(folder / MRPC[split].name) for split in ("train", "test"))
-    shuffled, size = np.random.default_rng(seed).permutation(len(whole)), max(round(len(whole) / 10), 1)
-    train, dev = whole.take(np.sort(shuffled[size:])), whole.take(np.sort(shuffled[:size]))
-    provenance = {"data_digest": files.digest(meta["files"]), "data_official": meta["verified"]}
-    return PairSplits(train, dev, test, provenance)
+    return PairSplits(*cache.carve(whole, 0.1, seed), test, store.provenance(meta))
 
 
 # ---- halves of docstrings --------------------------------------------------------------------------------------------
@@ -272,8 +217,7 @@ def _paired(split: cache.Split, rng: np.random.Generator, seen: set[str]) -> Pai
         order = rng.permutation(len(halves))
         for own, other in zip(order, np.roll(order, 1), strict=True):
             pairs += [(*halves[own], 1), (halves[own][0], halves[other][1], 0)]
-    first, second, labels = zip(*(pairs[k] for k in rng.permutation(len(pairs))), strict=True)
-    return Pairs(list(first), list(second), np.array(labels, np.int64))
+    return _pairs([pairs[k] for k in rng.permutation(len(pairs))])
 
 
 def _text(tokens: np.ndarray) -> str:

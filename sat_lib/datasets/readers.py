@@ -9,6 +9,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import pickle
@@ -57,37 +58,46 @@ def reading(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def find_files(folder: Path, subfolder: str, names: list[str], suffixes: tuple[str, ...], archive: str) -> list[Path]:
-    """The files `names` in `folder/subfolder` or `folder`, each under one of `suffixes`; else `[folder/archive]`.
+CIFAR_FILES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+CSV_FILES = ["train.csv", "test.csv"]
+INATURALIST_IMAGES = "train_val2018"
+_FILES = {  # by the task's loader: the files it reads, and what may be appended to their names
+    "cifar10": (CIFAR_FILES, [""]),
+    "csv": (CSV_FILES, ["", ".gz", ".xz"]),
+    "inaturalist": (["train2018.json", "val2018.json", INATURALIST_IMAGES], ["", ".tar.gz"]),
+}
 
-    Unpacked files go before the archive, and a suffix before the ones after it.
+
+def find_files(folder: Path, subfolder: str, loader: str, archive: str) -> list[Path]:
+    """The files that a loader reads, in `folder/subfolder` or `folder`, packed or not; else `[folder/archive]`.
+
+    Unpacked files go before the packed ones, and all of these before the archive.
 
     Raises:
         InputError: neither is there, or only some of the files are.
     """
+    names, suffixes = _FILES[loader]
+    wanted = ", ".join(names) + (f" (or with {' or '.join(suffixes[1:])} appended)" if suffixes[1:] else "")
     for base in (folder / subfolder, folder):
-        found = {name: next((p for s in suffixes if (p := base / (name + s)).is_file()), None) for name in names}
+        found = {name: [path for end in suffixes if (path := base / (name + end)).exists()] for name in names}
         if any(found.values()):
-            missing = [name for name, path in found.items() if path is None]
-            require(not missing, f"{base} lacks {', '.join(missing)}; wanted {', '.join(names)}")
-            return [path for path in found.values() if path]
+            missing = [name for name, paths in found.items() if not paths]
+            require(not missing, f"{base} lacks {', '.join(missing)}; wanted {wanted}")
+            return [paths[0] for paths in found.values()]
     if archive and (folder / archive).is_file():
         return [folder / archive]
+    inside = f", there or in {subfolder}/" if subfolder else ""
     either = f", nor the archive {archive}" if archive else ""
-    optional = f" (or with {' or '.join(suffixes[1:])} appended)" if len(suffixes) > 1 else ""
-    raise InputError(
-        f"{folder} holds neither {', '.join(names)}{optional}, there or in {subfolder}/{either}. "
-        "Put the files there or name the folder they are in"
-    )
+    way_out = "Put the files there or name the folder they are in"
+    raise InputError(f"{folder} holds neither {wanted}{inside}{either}. {way_out}")
 
 
-def _streams(paths: list[Path], folder: str, names: list[str]) -> Iterator[tuple[str, BinaryIO]]:
-    """(place for messages, open binary stream) of each of `names`, from plain, gz or xz files or from one archive."""
+def _streams(paths: list[Path], members: list[str]) -> Iterator[tuple[str, BinaryIO]]:
+    """(place for messages, open binary stream) of plain, gz or xz files, or of the `members` of one archive."""
     if is_archive(paths[0]):
         with reading(paths[0]), tarfile.open(paths[0], "r:gz") as tar:
             present = set(tar.getnames())
-            for name in names:
-                member = f"{folder}/{name}"
+            for member in members:
                 require(member in present, f"{paths[0]} has no member {member}: it is not the official archive")
                 yield f"{paths[0]} ({member})", tar.extractfile(member)
         return
@@ -99,22 +109,20 @@ def _streams(paths: list[Path], folder: str, names: list[str]) -> Iterator[tuple
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
 
-CIFAR_FILES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
-
 
 class _ArrayUnpickler(pickle.Unpickler):
     """A pickle can run any code when it is read; this one may rebuild NumPy arrays and nothing else."""
 
     SAFE = frozenset({
         ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"),
+        ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.numeric", "_frombuffer"),
     })  # fmt: skip
 
     def find_class(self, module: str, name: str):
+        module = module.replace("numpy.core", "numpy._core")  # as NumPy 1 called it
         if (module, name) not in self.SAFE:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch holds")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module, name)
 
 
 def gray(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:
@@ -124,7 +132,8 @@ def gray(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.ndarray:
 
 def read_cifar10(paths: list[Path], folder: str) -> Iterator[Batch]:
     """Gray CIFAR-10, (b, 1024) uint8, from the pickled batches of `cifar-10-batches-py` or the archive of them."""
-    for name, (where, stream) in zip(CIFAR_FILES, _streams(paths, folder, CIFAR_FILES), strict=True):
+    streams = _streams(paths, [f"{folder}/{name}" for name in CIFAR_FILES])
+    for name, (where, stream) in zip(CIFAR_FILES, streams, strict=True):
         pixels, labels = _cifar10_batch(where, stream)
         for start in range(0, len(labels), 1_000):
             red, green, blue = np.split(pixels[start : start + 1_000], 3, axis=1)  # channel planes, each (b, 1024)
@@ -142,10 +151,10 @@ def _cifar10_batch(where: str, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray
         ) from error
     keys = {b"data", b"labels"}
     require(isinstance(batch, dict) and keys <= set(batch), f"{where}: wanted a dict with b'data' and b'labels'")
-    pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
-    shape = f"{getattr(pixels, 'dtype', type(pixels).__name__)} {getattr(pixels, 'shape', '')}"
-    good = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 2 and pixels.shape[1] == 3072
-    require(good and len(pixels), f"{where}: wanted images as uint8 rows of 3 x 32 x 32 = 3072 bytes, got {shape}")
+    pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+    good = pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,) and len(pixels)
+    wanted = "images as uint8 rows of 3 x 32 x 32 = 3072 bytes"
+    require(good, f"{where}: wanted {wanted}, got {pixels.dtype} {pixels.shape}")
     require(labels.shape == (len(pixels),), f"{where}: {len(pixels)} images but labels of shape {labels.shape}")
     good = np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0 and labels.max() <= 9
     require(good, f"{where}: wanted labels 0..9, got {np.unique(labels)[:20].tolist()}")
@@ -153,18 +162,6 @@ def _cifar10_batch(where: str, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray
 
 
 # ---- iNaturalist 2018 ------------------------------------------------------------------------------------------------
-
-INATURALIST_IMAGES = "train_val2018"
-
-
-def find_inaturalist(folder: Path) -> list[Path]:
-    """[train2018.json, val2018.json, train_val2018], each unpacked or as its official .tar.gz."""
-    found = []
-    for name in ("train2018.json", "val2018.json", INATURALIST_IMAGES):
-        path = next((p for p in (folder / name, folder / f"{name}.tar.gz") if p.exists()), None)
-        require(path is not None, f"{folder} has neither {name} nor {name}.tar.gz. Put one there or name its folder")
-        found.append(path)
-    return found
 
 
 def read_inaturalist(paths: list[Path], classes: tuple[str, ...]) -> Iterator[Batch]:
@@ -177,12 +174,9 @@ def read_inaturalist(paths: list[Path], classes: tuple[str, ...]) -> Iterator[Ba
     pictures = _folder_images(images, list(places)) if images.is_dir() else _archive_images(images, places)
     with ThreadPoolExecutor() as pool:
         for chunk in _chunks(pictures, 256):
-            found = [(*places.pop(name), pixels) for name, pixels in pool.map(_thumbnail, chunk)]
-            for split in ("train", "test"):
-                mine = [entry[1:] for entry in found if entry[0] == split]
-                if mine:
-                    rows, labels, pixels = zip(*mine, strict=True)
-                    yield Batch(split, np.stack(pixels), np.array(labels), np.array(rows))
+            for name, pixels in pool.map(_thumbnail, chunk):
+                split, row, label = places.pop(name)
+                yield Batch(split, pixels[None], np.array([label]), np.array([row]))
     if places:
         raise InputError(f"{images} lacks {len(places):,} images that the JSON files list, first {next(iter(places))}")
 
@@ -191,14 +185,8 @@ def _inaturalist_places(path: Path, split: str, classes: tuple[str, ...]) -> dic
     """Image file name -> (split, row, label), for the images of one COCO-like JSON file."""
     fields = ("images", "annotations", "categories", "id", "file_name", "image_id", "category_id", "supercategory")
     slim = lambda entry: {key: entry[key] for key in fields if key in entry}
-    name = path.name.removesuffix(".tar.gz")
-    with reading(path), contextlib.ExitStack() as stack:
-        stream = path.open("rb")
-        if is_archive(path):
-            tar = stack.enter_context(tarfile.open(fileobj=stack.enter_context(stream), mode="r:gz"))
-            require(name in tar.getnames(), f"{path} has no member {name}: it is not the official archive")
-            stream = tar.extractfile(name)
-        with stream:
+    with reading(path):
+        for _, stream in _streams([path], [path.name.removesuffix(".tar.gz")]):
             content = json.load(stream, object_hook=slim)
     try:
         supers = {category["id"]: category["supercategory"] for category in content["categories"]}
@@ -209,13 +197,12 @@ def _inaturalist_places(path: Path, split: str, classes: tuple[str, ...]) -> dic
     require(bool(named), f"{path} lists no images")
     places = {}
     for row, (file_name, name) in enumerate(named):
-        parts = file_name.split("/")
         if name not in classes:
             raise InputError(f"{path}: {file_name} is of super-category {name!r}, wanted one of {', '.join(classes)}")
-        if len(parts) != 4 or parts[0] != INATURALIST_IMAGES or ".." in parts:
-            raise InputError(f"{path}: wanted {INATURALIST_IMAGES}/<super>/<category>/<file>.jpg, got {file_name!r}")
-        if parts[1] != name:
-            raise InputError(f"{path}: the label of {file_name} is {name!r}, its path says {parts[1]!r}")
+        parts = file_name.split("/")
+        if len(parts) != 4 or parts[:2] != [INATURALIST_IMAGES, name] or ".." in parts:
+            wanted = f"{INATURALIST_IMAGES}/{name}/<category>/<file>.jpg, as its super-category is {name}"
+            raise InputError(f"{path}: wanted {wanted}, got {file_name!r}")
         places[file_name] = (split, row, classes.index(name))
     require(len(places) == len(named), f"{path} lists {len(named) - len(places)} file names more than once")
     return places
@@ -250,13 +237,8 @@ def _thumbnail(picture: tuple[str, bytes]) -> tuple[str, np.ndarray]:
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
         yield chunk
 
 
@@ -268,8 +250,7 @@ def text_tokens(texts: list[str], length: int) -> np.ndarray:
     tokens = np.zeros((len(texts), length), np.uint16)
     for row, text in zip(tokens, texts, strict=True):
         encoded = np.frombuffer(text[:TEXT_BYTES].encode()[:TEXT_BYTES], np.uint8)
-        row[: len(encoded)] = encoded
-        row[: len(encoded)] += 1
+        row[: len(encoded)] = encoded + np.uint16(1)
     return tokens
 
 
@@ -278,7 +259,7 @@ def read_csv(paths: list[Path], folder: str, columns: tuple[str, ...], classes: 
 
     Text columns are joined by one space and kept as they are: a literal backslash-n, an HTML entity stay.
     """
-    streams = _streams(paths, folder, ["train.csv", "test.csv"])
+    streams = _streams(paths, [f"{folder}/{name}" for name in CSV_FILES])
     for split, (where, stream) in zip(("train", "test"), streams, strict=True):
         with reading(where):
             for chunk in _chunks(_csv_examples(where, stream, columns, classes), 2_048):

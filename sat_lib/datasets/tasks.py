@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..common.errors import require
-from .downloads import Official
+from .downloads import Official, officials
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,22 @@ TASKS: dict[str, Task] = {
         Task(
             "cifar10", "image", 1024, 256, _CIFAR_CLASSES, "cifar10", {"train": 50_000, "test": 10_000}, dev_share=0.1,
             folder="cifar-10-batches-py", archive=_CIFAR,
-            official=(Official(_CIFAR, "https://www.cs.toronto.edu/~kriz/" + _CIFAR, "md5",
-                               "c58f30108f718f92721af3b95e74349a"),),
+            official=officials("https://www.cs.toronto.edu/~kriz/", {_CIFAR: "c58f30108f718f92721af3b95e74349a"}),
         ),
         Task(
             "inaturalist", "image", 1024, 512, _INAT_CLASSES, "inaturalist", {"train": 437_513, "test": 24_426},
             published_dev_is_test=True, packages=("numpy", "pillow"),
-            official=tuple(Official(name, _INAT_URL + name, "md5", digest) for name, digest in _INAT_FILES.items()),
+            official=officials(_INAT_URL, _INAT_FILES),
         ),
         _text(
             "agnews", classes=("World", "Sports", "Business", "Sci/Tech"), sizes={"train": 120_000, "test": 7_600},
             columns=("class", "title", "description"), folder="ag_news_csv",
-            official=tuple(Official(name, _AG_URL + name, "md5", digest) for name, digest in _AG_FILES.items()),
+            official=officials(_AG_URL, _AG_FILES),
         ),
         _text(
             "yelp", classes=("negative", "positive"), sizes={"train": 560_000, "test": 38_000},
             columns=("class", "text"), folder="yelp_review_polarity_csv", archive=_YELP,
-            official=(Official(_YELP, "https://s3.amazonaws.com/fast-ai-nlp/" + _YELP, "sha256", _YELP_DIGEST),),
+            official=officials("https://s3.amazonaws.com/fast-ai-nlp/", {_YELP: _YELP_DIGEST}, "sha256"),
         ),
         _text(
             "imdb", classes=("negative", "positive"), sizes={"train": 25_000, "test": 25_000},

@@ -3,6 +3,7 @@
 import errno
 import functools
 import http.server
+import json
 import threading
 from collections import Counter
 
@@ -143,7 +144,7 @@ def test_cut_or_missing_source(source, tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"source has no msr_paraphrase_train.txt. Put it there \(http"):
         prepare_mrpc(source, root)
-    with pytest.raises(InputError, match=r"nowhere is not a folder; name the one that holds msr_paraphrase_train.txt"):
+    with pytest.raises(InputError, match=r"nowhere is not a folder; name the one that holds the official files"):
         prepare_mrpc(tmp_path / "nowhere", root)
     assert left(root) == [] and not is_ready("mrpc", root)
 
@@ -164,23 +165,35 @@ def test_damaged_or_missing_file_is_noticed(source, tmp_path, name):
     path = prepare_mrpc(source, root) / name
     path.write_bytes(path.read_bytes().replace(b"1", b"0"))
     for use in (functools.partial(load_pairs, "mrpc"), prepare_mrpc):
-        with pytest.raises(InputError, match=r"(is damaged|not complete).*Delete .*data prepare mrpc"):
+        with pytest.raises(InputError, match=r"(is damaged|no usable meta.json).*Delete .*data prepare mrpc"):
             use(root=root)
     path.unlink()
     assert not is_ready("mrpc", root) and default_pairs(root) == "docstrings"
-    with pytest.raises(InputError, match=r"not complete.*Delete .*data prepare mrpc"):
+    with pytest.raises(InputError, match=rf"cache .*{name}.*Delete .*data prepare mrpc"):
         load_pairs("mrpc", root=root)
 
 
-@pytest.mark.parametrize("step", ["write", "write_json"])
+def test_folder_whose_meta_has_the_digests_alone(source, tmp_path):
+    root = tmp_path / "cache"
+    path = prepare_mrpc(source, root) / "meta.json"
+    provenance, meta = load_pairs("mrpc", root=root).provenance, json.loads(path.read_text())
+    meta["files"] = {name: part["sha256"] for name, part in meta["files"].items()}
+    files.write_json(path, meta)
+    assert load_pairs("mrpc", root=root).provenance == provenance and prepare_mrpc(source, root) == path.parent
+    (root / "mrpc" / NAMES["test"]).write_text(mrpc_text(SIZES["test"], seed=5))
+    with pytest.raises(InputError, match=r"msr_paraphrase_test.txt is not what was written"):
+        load_pairs("mrpc", root=root)
+
+
+@pytest.mark.parametrize("step", ["pairs.shutil.copyfile", "store.files.write_json"])
 def test_full_disk_leaves_nothing(source, tmp_path, monkeypatch, step):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     root = tmp_path / "cache"
     with monkeypatch.context() as full:
-        full.setattr(files, step, no_space)
-        with pytest.raises(InputError, match=r"could not put mrpc into .*No space left"):
+        full.setattr(f"sat_lib.datasets.{step}", no_space)
+        with pytest.raises(InputError, match=r"could not write .* of mrpc .*No space left.*Nothing was left behind"):
             prepare_mrpc(source, root)
     assert left(root) == []
     (root / ".mrpc.building").mkdir()  # as a killed process leaves it
@@ -214,7 +227,7 @@ def web(source, monkeypatch):
 def test_download(web, tmp_path, capsys):
     root = tmp_path / "cache"
     folder = prepare_mrpc(root=root)
-    assert "mrpc: downloading 2 files to" in capsys.readouterr().out
+    assert "mrpc: downloading 2 file(s) to" in capsys.readouterr().out
     assert left(root) == ["downloads", "mrpc"]
     assert all((folder / name).read_bytes() == (web / name).read_bytes() for name in NAMES.values())
     assert load_pairs("mrpc", root=root).provenance["data_official"] is True
