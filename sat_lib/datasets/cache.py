@@ -1,9 +1,7 @@
 """Tasks by name -> token arrays: download with checksum, one cache folder per task, splits over memory-mapped files.
 
 `prepare` makes a task's cache, `load` opens it, `describe` lists what is there. A cache is `data/cache/<task>/` with
-one raw token file and one label file per split, and `meta.json` with sizes and checksums. Beside this file: `tasks.py`
-is the table, `downloads.py` fetches, `readers.py` reads the official formats, `builtin.py` makes the sets that need no
-download, `store.py` keeps a folder whole.
+one raw token file and one label file per split, and `meta.json` with sizes and checksums.
 """
 
 import functools
@@ -91,21 +89,18 @@ def load(name: str, root: Path | None = None, protocol: str = "dev", source: Pat
         prepare(name, root, source)
     else:
         _verified(chosen, folder)
-    stored = {split: _open_split(chosen, folder, split) for split in chosen.sizes}
-    train, test = stored["train"], stored["test"]
-    if "dev" in stored:
-        return Splits(chosen, train, stored["dev"], test, protocol)
+    splits = {}
+    for split in chosen.sizes:
+        labels = np.load(folder / f"{split}.labels.npy", allow_pickle=False)
+        tokens = np.memmap(folder / f"{split}.tokens", chosen.dtype, mode="r", shape=(len(labels), chosen.length))
+        splits[split] = Split(tokens, np.arange(len(labels)), labels)
     if protocol == "published" and chosen.published_dev_is_test:
-        return Splits(chosen, train, test, test, protocol)
-    require(len(train) > 1, f"task {name} has {len(train)} train example; a dev split needs at least 2")
-    return Splits(chosen, *carve(train, chosen.dev_share), test, protocol)
-
-
-def _open_split(chosen: Task, folder: Path, split: str) -> Split:
-    labels = np.load(folder / f"{split}.labels.npy", allow_pickle=False)
-    rows = np.arange(len(labels))
-    stored = np.memmap(folder / f"{split}.tokens", chosen.dtype, mode="r", shape=(len(rows), chosen.length))
-    return Split(stored, rows, labels)
+        splits["dev"] = splits["test"]
+    elif "dev" not in splits:
+        size = len(splits["train"])
+        require(size > 1, f"task {name} has {size} train example; a dev split needs at least 2")
+        splits["train"], splits["dev"] = carve(splits["train"], chosen.dev_share)
+    return Splits(chosen, protocol=protocol, **splits)
 
 
 def carve(train, share: float, seed: int = 0) -> tuple:
@@ -216,12 +211,14 @@ def _fill(
     """Write the task's tokens and labels into the folder `building`; return what `meta.json` says of them."""
     if folder.exists():
         print(f"{chosen.name}: {folder} was made with other versions of {', '.join(chosen.packages)}; making it anew")
-    paths, records, verified = _inputs(chosen, folder.parent / "downloads" / chosen.name, source, progress)
-    meta = _kind(chosen) | {
-        "sizes": sizes if chosen.loader in _SIZED else None, "verified": verified, "source_files": records,
+    paths, records = _inputs(chosen, folder.parent / "downloads" / chosen.name, source, progress)
+    return _kind(chosen) | {
+        "sizes": sizes if chosen.loader in _SIZED else None,
+        "verified": all(record["verified"] for record in records) if records else None,
+        "source_files": records,
         "versions": _versions(chosen),
-    }  # fmt: skip
-    return meta | {"splits": _write_splits(chosen, building, _batches(chosen, paths, sizes), sizes, progress)}
+        "splits": _write_splits(chosen, building, _batches(chosen, paths, sizes), sizes, progress),
+    }
 
 
 def _batches(chosen: Task, paths: list[Path], sizes: dict[str, int]) -> Iterator[readers.Batch]:
@@ -237,32 +234,29 @@ def _batches(chosen: Task, paths: list[Path], sizes: dict[str, int]) -> Iterator
             return builtin.read_digits(round(chosen.length**0.5), sizes)
         case "docstrings":
             return builtin.read_docstrings(chosen.classes, sizes, chosen.length)
-        case "listops":
-            return builtin.read_listops(sizes, chosen.length)
-    raise AssertionError(chosen.loader)
+    return builtin.read_listops(sizes, chosen.length)
 
 
 def _write_splits(
     chosen: Task, folder: Path, batches: Iterator[readers.Batch], sizes: dict[str, int], progress: bool
 ) -> dict[str, dict]:
     """Write tokens and labels of every split; return rows and class counts per split."""
-    rows, labels = ({split: [] for split in sizes} for _ in range(2))
+    labels = {split: {} for split in sizes}  # by row
     for split in sizes:
         (folder / f"{split}.tokens").touch()
     with tqdm(desc=chosen.name, total=sum(sizes.values()), unit=" examples", disable=not progress) as bar:
         for split, tokens, values, places in batches:
             assert tokens.dtype == chosen.dtype and tokens.shape == (len(values), chosen.length)
-            places = range(len(rows[split]), len(rows[split]) + len(values)) if places is None else places.tolist()
+            places = len(labels[split]) + np.arange(len(values)) if places is None else places
             with (folder / f"{split}.tokens").open("rb+") as file:
-                for place, row in zip(places, tokens, strict=True):
+                for place, row in zip(places.tolist(), tokens, strict=True):
                     file.seek(place * row.nbytes)
                     file.write(row)
-            rows[split] += places
-            labels[split] += values.tolist()
+            labels[split].update(zip(places.tolist(), values.tolist(), strict=True))
             bar.update(len(values))
     summary = {}
     for split in sizes:
-        ordered = np.array(labels[split], np.int64)[np.argsort(rows[split])]
+        ordered = np.array([labels[split][row] for row in range(len(labels[split]))], np.int64)
         np.save(folder / f"{split}.labels.npy", ordered)
         per_class = np.bincount(ordered, minlength=len(chosen.classes))
         summary[split] = {"rows": len(ordered), "per_class": per_class.tolist()}
@@ -272,26 +266,19 @@ def _write_splits(
 # ---- source files and downloads --------------------------------------------------------------------------------------
 
 
-def _inputs(
-    chosen: Task, downloads: Path, source: Path | None, progress: bool
-) -> tuple[list[Path], list[dict], bool | None]:
-    """The files to read, their records for `meta.json`, and whether all are the official ones (None: embedded)."""
+def _inputs(chosen: Task, downloads: Path, source: Path | None, progress: bool) -> tuple[list[Path], list[dict]]:
+    """The files to read, none for an embedded task, and what `meta.json` says of each."""
     if chosen.embedded:
-        return [], [], None
+        return [], []
     if source is not None:
         paths = readers.find_files(source, chosen.folder, chosen.loader, chosen.archive)
-        records = [_source_record(chosen, path, source) for path in paths]
-        return paths, records, all(record["verified"] for record in records)
-    if not chosen.official:
-        wanted = "train.csv and test.csv, each plain or as .gz or .xz"
-        raise InputError(f"task {chosen.name} has no official download in csv form: put {wanted} in a folder and "
-                         f"run `python -m sat_lib data prepare {chosen.name} --source DIR`")  # fmt: skip
+        return paths, [_source_record(chosen, path, source) for path in paths]
+    wanted = "train.csv and test.csv, each plain or as .gz or .xz"
+    way_out = f"put {wanted} in a folder and run `python -m sat_lib data prepare {chosen.name} --source DIR`"
+    require(bool(chosen.official), f"task {chosen.name} has no official download in csv form: {way_out}")
     paths = download_all(chosen.official, downloads, progress, chosen.name)
-    records = [
-        {"file": entry.name, "url": entry.url, entry.algorithm: entry.digest, "verified": True}
-        for entry in chosen.official
-    ]
-    return paths, records, True
+    known = lambda file: {"file": file.name, "url": file.url, file.algorithm: file.digest, "verified": True}
+    return paths, [known(file) for file in chosen.official]
 
 
 def _source_record(chosen: Task, path: Path, source: Path) -> dict:

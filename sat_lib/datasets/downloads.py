@@ -1,6 +1,7 @@
 """Official files from their addresses: progress, resume of a cut download, checksum, and only then the file's name."""
 
 import http.client
+import shutil
 import urllib.request
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -68,7 +69,6 @@ def download(official: Official, folder: Path, progress: bool = True, task_name:
 
 def _fetch(url: str, part: Path, progress: bool, way_out: str) -> None:
     """Append to `part` what of `url` it does not hold yet."""
-    have = 0
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         have = part.stat().st_size if part.exists() else 0
@@ -77,18 +77,15 @@ def _fetch(url: str, part: Path, progress: bool, way_out: str) -> None:
             if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:
                 have = 0  # a server that cannot resume sends everything again
             total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
-            bar = tqdm(desc=part.stem, total=total, unit="B", unit_scale=True, disable=not progress)
-            with part.open("ab" if have else "wb") as file, bar:
-                bar.update(have)
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    have += len(block)
-                    bar.update(len(block))
-        if total is not None and have < total:
-            raise http.client.IncompleteRead(b"", total - have)
+            bar = tqdm.wrapattr(response, "read", total, desc=part.stem, initial=have, disable=not progress)
+            with part.open("ab" if have else "wb") as file, bar as body:
+                shutil.copyfileobj(body, file, 1 << 20)
+        if total is not None and part.stat().st_size < total:
+            raise http.client.IncompleteRead(b"", total - part.stat().st_size)
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # that one: nothing is missing
             raise InputError(f"could not download {url}: {error}. {way_out}") from error
     except (OSError, http.client.HTTPException) as error:
+        have = part.stat().st_size if part.exists() else 0
         kept = f"{have:,} bytes are kept in {part}. " if have else ""
         raise InputError(f"could not download {url}: {error}. {kept}{way_out}") from error

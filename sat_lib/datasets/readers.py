@@ -25,7 +25,6 @@ import numpy as np
 from ..common.errors import InputError, require
 
 TEXT_BYTES = 1_000  # the first bytes of a text that become tokens; the rest of its row is padding
-ARCHIVE_SUFFIXES = (".tgz", ".tar.gz")
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError)
 
 
@@ -42,7 +41,7 @@ class Batch(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    return path.name.endswith(ARCHIVE_SUFFIXES)
+    return path.name.endswith((".tgz", ".tar.gz"))
 
 
 @contextlib.contextmanager
@@ -171,7 +170,8 @@ def read_inaturalist(paths: list[Path], classes: tuple[str, ...]) -> Iterator[Ba
     """
     train_json, val_json, images = paths
     places = _inaturalist_places(train_json, "train", classes) | _inaturalist_places(val_json, "test", classes)
-    pictures = _folder_images(images, list(places)) if images.is_dir() else _archive_images(images, places)
+    unpacked = ((name, images.parent / name) for name in list(places))
+    pictures = unpacked if images.is_dir() else _archive_images(images, places)
     with ThreadPoolExecutor() as pool:
         for chunk in _chunks(pictures, 256):
             for name, pixels in pool.map(_thumbnail, chunk):
@@ -208,28 +208,22 @@ def _inaturalist_places(path: Path, split: str, classes: tuple[str, ...]) -> dic
     return places
 
 
-def _folder_images(images: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    for name in names:
-        with reading(images.parent / name):
-            yield name, (images.parent / name).read_bytes()
-
-
-def _archive_images(images: Path, wanted: dict) -> Iterator[tuple[str, bytes]]:
+def _archive_images(images: Path, wanted: dict) -> Iterator[tuple[str, BinaryIO]]:
     with reading(images), tarfile.open(images, "r|gz") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # or it would keep a record of every member: some 700 MB
             name = member.name.removeprefix("./")
             if member.isfile() and name in wanted:
-                yield name, tar.extractfile(member).read()
+                yield name, io.BytesIO(tar.extractfile(member).read())
 
 
-def _thumbnail(picture: tuple[str, bytes]) -> tuple[str, np.ndarray]:
+def _thumbnail(picture: tuple[str, Path | BinaryIO]) -> tuple[str, np.ndarray]:
     """One encoded image -> (1024,) uint8: RGB, 32 x 32 by antialiased bilinear filter, then gray."""
     from PIL import Image
 
     name, encoded = picture
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(encoded) as image:
             small = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{name} is not a readable image ({error}). Unpack or fetch it again") from error
