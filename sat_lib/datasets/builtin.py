@@ -31,9 +31,9 @@ def read_digits(side: int, sizes: dict[str, int]) -> Iterator[Batch]:
     large = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)) for image in scaled]
     tokens = np.rint(np.stack(large)).astype(np.uint8).reshape(len(large), side * side)
     labels = digits.target
-    train, test = train_test_split(np.arange(len(labels)), test_size=sizes["test"], random_state=0, stratify=labels)
-    yield Batch("train", tokens[train], labels[train])
-    yield Batch("test", tokens[test], labels[test])
+    parts = train_test_split(np.arange(len(labels)), test_size=sizes["test"], random_state=0, stratify=labels)
+    for split, rows in zip(("train", "test"), parts, strict=True):
+        yield Batch(split, tokens[rows], labels[rows])
 
 
 # ---- docstrings ------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def read_listops(sizes: dict[str, int], length: int, seed: int = 0) -> Iterator[
     """
     rng = np.random.default_rng(seed)
     seen: set[bytes] = set()
-    tokens, labels = _distinct(*_listops_batch(rng, length), seen)
+    tokens = labels = ()
     for split, wanted in sizes.items():
         while wanted:
             if not len(labels):
