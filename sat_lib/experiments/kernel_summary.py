@@ -6,7 +6,9 @@ from .row_files import More, table
 
 SHAPE = ["batch", "heads", "length", "head_size", "dtype", "tf32"]  # what dense attention depends on
 PLACE = [*SHAPE, "block", "density"]
-WHOLE_NUMBERS = ["batch", "heads", "length", "head_size", "block"]
+MEASURED = ["forward_ms", "forward_backward_ms", "floor_bytes_forward", "floor_bytes_backward"]
+TYPES = {"method": str, **dict.fromkeys(MEASURED, float)}
+TYPES |= dict.fromkeys(["batch", "heads", "length", "head_size", "block"], "Int64")
 
 
 def show(rows: pd.DataFrame, more: More) -> str:
@@ -40,28 +42,27 @@ def kernel_summary(rows: pd.DataFrame, bandwidth_tb_s: float) -> pd.DataFrame:
     "sdpa" and "flex" are their forward and backward time over the line's, at the same shape (flex: and layout, at its
     fastest block side). A time that wasn't or couldn't be measured is NaN, with the reason under "note".
     """
-    whole, per_ms = rows[~rows["sweep"].isin(["copy", "operations"])], bandwidth_tb_s * 1e9  # bytes
-    parts = [_method_lines(whole, per_ms)] if len(whole) else []
-    parts += _operation_lines(rows[rows["sweep"] == "operations"], per_ms)
-    lines = pd.concat(parts, ignore_index=True) if parts else rows.loc[[], ["sweep", "method", *PLACE]]
-    return lines.astype(dict.fromkeys(WHOLE_NUMBERS, "Int64"))
-
-
-def _method_lines(rows: pd.DataFrame, bytes_per_ms: float) -> pd.DataFrame:
-    measured = ["forward_ms", "forward_backward_ms", "floor_bytes_forward", "floor_bytes_backward"]
-    rows = rows.astype(dict.fromkeys(measured, float))
-    forward, both, floor, floor_backward = (rows[name] for name in measured)
-    dense = _best(rows, rows["method"] == "sdpa", SHAPE)
-    flex = _best(rows, rows["method"].str.startswith("flex"), PLACE)
-    return rows[["sweep", "method", *PLACE]].assign(
+    operations = rows[rows["sweep"] == "operations"]
+    names = [name.removesuffix("_floor_bytes") for name in rows.columns if name.endswith("_floor_bytes")]
+    each = [
+        operations.assign(
+            method=name, forward_ms=operations[f"{name}_ms"], floor_bytes_forward=operations[f"{name}_floor_bytes"]
+        )
+        for name in names
+    ]
+    lines = pd.concat([rows[~rows["sweep"].isin(["copy", "operations"])], *each], ignore_index=True)
+    lines = lines.reindex(columns=["sweep", "method", *PLACE, *MEASURED, "error"]).astype(TYPES)
+    forward, both, floor, floor_backward = (lines[name] for name in MEASURED)
+    per_ms = bandwidth_tb_s * 1e9  # bytes
+    return lines[["sweep", "method", *PLACE]].assign(
         **{
             "forward ms": forward,
-            "forward x floor": forward * bytes_per_ms / floor,
+            "forward x floor": forward * per_ms / floor,
             "forward + backward ms": both,
-            "forward + backward x floor": both * bytes_per_ms / (floor + floor_backward),
-            "sdpa": dense / both,
-            "flex": flex / both,
-            "note": rows["error"],
+            "forward + backward x floor": both * per_ms / (floor + floor_backward),
+            "sdpa": _best(lines, lines["method"] == "sdpa", SHAPE) / both,
+            "flex": _best(lines, lines["method"].str.startswith("flex"), PLACE) / both,
+            "note": lines["error"],
         }
     )
 
@@ -74,19 +75,3 @@ def _best(rows: pd.DataFrame, peers: pd.Series, keys: list[str]) -> pd.Series:
     times = rows["forward_backward_ms"].where(peers)
     shortest = lambda names: times.groupby([rows[name] for name in names], dropna=False).transform("min")
     return shortest([*keys, "sweep"]).fillna(shortest(keys))
-
-
-def _operation_lines(rows: pd.DataFrame, bytes_per_ms: float) -> list[pd.DataFrame]:
-    """For each operation of the sweep `operations` its lines."""
-    names = [name.removesuffix("_floor_bytes") for name in rows.columns if name.endswith("_floor_bytes")]
-    return [
-        rows[["sweep", *PLACE]].assign(
-            method=name,
-            **{
-                "forward ms": rows[f"{name}_ms"],
-                "forward x floor": rows[f"{name}_ms"] * bytes_per_ms / rows[f"{name}_floor_bytes"],
-            },
-        )
-        for name in names
-        if len(rows)
-    ]

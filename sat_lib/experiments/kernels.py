@@ -7,7 +7,6 @@ blocks of N, "cusparse" PyTorch's CSR products, forward only. Floors are the byt
 Nothing here reads or writes files.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ..attention import ops, reference, statistics
 from ..attention.layout import BlockLayout
@@ -24,7 +23,6 @@ from ..common import timing
 from ..training.recipe import PAPER_TASKS, run_config
 
 OURS = ("fused", "three operations", "reference")
-FORWARD_ONLY = ("cusparse",)
 # What a row of one method has, None where it wasn't or couldn't be measured.
 TIMES = ("forward_ms", "forward_backward_ms", "low_ms", "high_ms", "peak_bytes", "operations", "floor_bytes_forward",
          "floor_bytes_backward", "kept_blocks", "error")  # fmt: skip
@@ -34,9 +32,8 @@ TIMES = ("forward_ms", "forward_backward_ms", "low_ms", "high_ms", "peak_bytes",
 
 
 def _shape(profile: str, batch: int, **changes) -> dict:
-    dtype = "float32" if profile == "smoke" else "bfloat16"
-    shape = {"batch": batch, "heads": 2, "length": 1024, "head_size": 32, "block": 32, "density": 0.05, "dtype": dtype}
-    return shape | {"tf32": None} | changes
+    shape = {"batch": batch, "heads": 2, "length": 1024, "head_size": 32, "block": 32, "density": 0.05}
+    return shape | {"dtype": "float32" if profile == "smoke" else "bfloat16", "tf32": None} | changes
 
 
 def attention_cases(profile: str) -> list[dict]:
@@ -47,25 +44,14 @@ def attention_cases(profile: str) -> list[dict]:
 
 def kernel_cases(profile: str) -> list[dict]:
     """The sweeps, the most important first. A float32 case of a GPU says whether its products may be TF32."""
-    return _smoke_cases() if profile == "smoke" else _paper_cases()
-
-
-def _cases(sweep: str, methods: tuple[str, ...], shape: dict) -> list[dict]:
-    return [{"sweep": sweep, "method": method, **shape} for method in methods]
-
-
-def _smoke_cases() -> list[dict]:
-    cases = [{"sweep": "copy", "bytes": 64 * 2**20}]
-    cases += _cases("main", (*OURS, "materialised", "sdpa"), _shape("smoke", 4))
-    cases.append({"sweep": "operations", "task": "cifar10", **_shape("smoke", 4)})
-    for length in (256, 512, 1024, 2048):
-        shape = _shape("smoke", 4 * 1024 // length, length=length)
-        cases += _cases("length", ("fused", "materialised", "sdpa"), shape)
-    return cases
-
-
-def _paper_cases() -> list[dict]:
-    shape = partial(_shape, "paper")
+    shape = partial(_shape, profile)
+    if profile == "smoke":
+        cases = [{"sweep": "copy", "bytes": 64 * 2**20}]
+        cases += _cases("main", (*OURS, "materialised", "sdpa"), shape(4))
+        cases.append({"sweep": "operations", "task": "cifar10", **shape(4)})
+        for length in (256, 512, 1024, 2048):
+            cases += _cases("length", ("fused", "materialised", "sdpa"), shape(4 * 1024 // length, length=length))
+        return cases
     main, single = shape(512), shape(512, dtype="float32", tf32=True)
     cases = [{"sweep": "copy", "bytes": 2**30}]
     cases += _cases("main", (*OURS, "materialised", "sdpa", "flex 32", "flex 64", "flex 128"), main)
@@ -88,6 +74,10 @@ def _paper_cases() -> list[dict]:
     for block in (16, 32, 64, 128):
         cases += _cases("block", ("fused",), main | {"block": block})
     return cases
+
+
+def _cases(sweep: str, methods: tuple[str, ...], shape: dict) -> list[dict]:
+    return [{"sweep": sweep, "method": method, **shape} for method in methods]
 
 
 def qkv(case: dict, device: torch.device, grad: bool) -> list[Tensor]:
@@ -152,14 +142,8 @@ def flex_on_blocks(layout: BlockLayout, side: int, length: int) -> Attention:
     Every kept block is a full one, so no mask is computed within the blocks.
     """
     grid = coarsened(layout, side).grid
-    counts = grid.sum(1, dtype=torch.int32)[None, None]  # (1, 1, R)
-    columns = torch.argsort(grid.int(), dim=1, descending=True, stable=True).int()[None, None]  # the kept ones first
-
-    def kept(batch, head, query, key):
-        return grid[query // side, key // side]
-
-    none, lengths = (torch.zeros_like(counts), torch.zeros_like(columns)), (length, length)
-    mask = BlockMask.from_kv_blocks(*none, counts, columns, BLOCK_SIZE=side, mask_mod=kept, seq_lengths=lengths)
+    kept = lambda batch, head, query, key: grid[query // side, key // side]
+    mask = create_block_mask(kept, None, None, length, length, device=grid.device, BLOCK_SIZE=side)
     if grid.device.type == "cpu":
         return partial(flex_attention, block_mask=mask)
     torch._dynamo.reset()  # each shape is compiled for itself: after eight, dynamo would run it uncompiled
@@ -205,22 +189,14 @@ def kernel_time(case: dict, device: torch.device) -> dict:
     Float32 products on a GPU are TF32 where the case says so, IEEE elsewhere.
     """
     measurements = {"copy": copy_time, "operations": operation_times, "statistics": statistics_time}
-    with _float32_products("tf32" if case.get("tf32") else "ieee"):
-        result = measurements.get(case["sweep"], method_time)(case, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return result
-
-
-@contextlib.contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if case.get("tf32") else "ieee"
     try:
-        yield
+        result = measurements.get(case["sweep"], method_time)(case, device)
     finally:
         matmul.fp32_precision = before
+    torch.cuda.empty_cache()
+    return result
 
 
 def calls_on(device: torch.device) -> int:
@@ -248,6 +224,7 @@ def operation_times(case: dict, device: torch.device) -> dict:
     some_v, some_values = v.clone().requires_grad_(), values.clone().requires_grad_()
     out = ops.spmm(values, some_v, layout, length)
     weights = ops.sparse_softmax(some_values, layout, heads, length)
+    grad = partial(torch.autograd.grad, retain_graph=True)
     one, dense, kept = q.nbytes, raw.nbytes, values.nbytes
     operations = {
         "gemm_qk": (lambda: torch.matmul(q, k.transpose(-1, -2)), 2 * one + dense),
@@ -256,11 +233,8 @@ def operation_times(case: dict, device: torch.device) -> dict:
         "sddmm": (lambda: ops.sddmm(q, k, layout), 2 * one + kept),
         "sparse_softmax": (lambda: ops.sparse_softmax(values, layout, heads, length), 2 * kept),
         "spmm": (lambda: ops.spmm(values, v, layout, length), kept + 2 * one),
-        "spmm_transposed": (lambda: torch.autograd.grad(out, some_v, q, retain_graph=True), kept + 2 * one),
-        "sparse_softmax_backward": (
-            lambda: torch.autograd.grad(weights, some_values, values, retain_graph=True),
-            3 * kept,
-        ),
+        "spmm_transposed": (lambda: grad(out, some_v, q), kept + 2 * one),
+        "sparse_softmax_backward": (lambda: grad(weights, some_values, values), 3 * kept),
     }
     result = {"kept_blocks": layout.kept_blocks}
     for name, (call, floor) in operations.items():
@@ -283,19 +257,19 @@ def method_time(case: dict, device: torch.device) -> dict:
     Times are None where there is none: forward and backward of what has only a forward pass, and after an error.
     """
     name, layout = case["method"], block_layout(case, device)
+    backward = name != "cusparse"
     used = coarsened(layout, int(name.removeprefix("flex "))) if name.startswith("flex ") else layout
     one = case["batch"] * case["heads"] * case["length"] * case["head_size"] * getattr(torch, case["dtype"]).itemsize
     result = {
         **dict.fromkeys(TIMES),
         "operations": attention_operations(case, None if name in ("materialised", "sdpa") else used),
         "floor_bytes_forward": 4 * one,  # q, k, v, out
-        "floor_bytes_backward": None if name in FORWARD_ONLY else 8 * one,  # these, their gradients
+        "floor_bytes_backward": 8 * one if backward else None,  # these, their gradients
         "kept_blocks": layout.kept_blocks,
     }
     try:
         attend = attention_of(name, layout, case["batch"] * case["heads"], case["length"])
-        for measured in _attention_times(case, attend, device, backward=name not in FORWARD_ONLY):
-            result |= measured
+        result.update(_attention_times(case, attend, device, backward))  # after an error with what came before it
     except RuntimeError as error:  # of a peer: out of memory, or what inductor and cuSPARSE raise
         if name in OURS:
             raise
@@ -307,13 +281,13 @@ def attention_time(case: dict, device: torch.device) -> dict:
     """Forward, and forward and backward, of attention alone; its peak memory and its counted operations."""
     layout = block_layout(case, device) if case["method"] == "sat" else None
     name = {"sat": "fused", "dense": "sdpa"}[case["method"]]
-    result = {}
-    for measured in _attention_times(case, attention_of(name, layout, 0, 0), device):
-        result |= measured
-    return result | {"operations": attention_operations(case, layout)}
+    times = dict(_attention_times(case, attention_of(name, layout, 0, 0), device, backward=True))
+    return times | {"operations": attention_operations(case, layout)}
 
 
-def _attention_times(case: dict, attend: Attention, device: torch.device, backward: bool = True) -> Iterator[dict]:
+def _attention_times(
+    case: dict, attend: Attention, device: torch.device, backward: bool
+) -> Iterator[tuple[str, float]]:
     """Medians of forward, then of forward and backward with its quartiles, then the peak memory of the latter."""
     q, k, v = qkv(case, device, grad=backward)
     gradient = torch.randn_like(q)
@@ -327,11 +301,12 @@ def _attention_times(case: dict, attend: Attention, device: torch.device, backwa
 
     whole = forward_backward if backward else forward
     taken = timing.time_calls(forward, device, calls=calls_on(device))
-    yield {"forward_ms": taken.median_ms}
+    yield "forward_ms", taken.median_ms
     if backward:
         taken = timing.time_calls(forward_backward, device, calls=calls_on(device))
-        yield {"forward_backward_ms": taken.median_ms}
-    yield {"low_ms": taken.low_ms, "high_ms": taken.high_ms, "peak_bytes": timing.peak_bytes(whole, device)}
+        yield "forward_backward_ms", taken.median_ms
+    peak = timing.peak_bytes(whole, device)
+    yield from [("low_ms", taken.low_ms), ("high_ms", taken.high_ms), ("peak_bytes", peak)]
 
 
 def attention_operations(case: dict, layout: BlockLayout | None) -> int:

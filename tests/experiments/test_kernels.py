@@ -141,11 +141,18 @@ def test_our_own_errors_are_not_caught(monkeypatch):
         kernels.kernel_time({**MAIN, "method": "fused"}, CPU)
 
 
-def test_the_precision_of_products_is_put_back():
-    before = torch.backends.cuda.matmul.fp32_precision
-    with kernels._float32_products("tf32"):
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    assert torch.backends.cuda.matmul.fp32_precision == before
+@pytest.mark.parametrize(("tf32", "wanted"), [(True, "tf32"), (False, "ieee"), (None, "ieee")])
+def test_products_have_the_precision_of_the_case_which_is_put_back(monkeypatch, tf32, wanted):
+    before, seen = torch.backends.cuda.matmul.fp32_precision, []
+
+    def failing_copy(case, device):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "copy_time", failing_copy)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.kernel_time({"sweep": "copy", "bytes": 1024, "tf32": tf32}, CPU)
+    assert (seen, torch.backends.cuda.matmul.fp32_precision) == ([wanted], before)
 
 
 def small_cases(_profile):
