@@ -1,9 +1,10 @@
 """What patterns keep of a run's attention maps, snapshot by snapshot: notebook 08."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
-import torch
+import pandas as pd
 from torch import Tensor
 
 from .. import datasets
@@ -23,63 +24,41 @@ COARSE = 128  # side of the map that goes into a row
 # ---- the snapshots of a run ------------------------------------------------------------------------------------------
 
 
-def compare_snapshots(
-    folder: Path, steps: tuple[int, ...], tokens: Tensor, densities: tuple[float, ...], shown_head: int = 0
-) -> dict:
+def compare_snapshots(folder: Path, steps: tuple[int, ...], tokens: Tensor, densities: tuple[float, ...]) -> dict:
     """The comparison for the snapshots of a run, each map by itself, then averaged over examples; and maps to draw.
 
     Args:
         folder: of a run of "sat", with a snapshot of each of `steps`. tokens: (B, L) int64, the examples.
-        densities: at which patterns are compared. shown_head: of the last layer, drawn for the first example.
+        densities: at which patterns are compared.
 
     Returns:
         As JSON takes it: `block`, `length`, `examples`, `comparison` (column -> values; a line per step, phase, layer,
         head, asked density and pattern), `shown_layer`, `shown_head` and `shown` (for the last step of each phase, see
-        `_shown`).
+        `_shown`, of the first example in the last layer's first head).
     """
-    lines, shown = [], {}
+    records, shown = [], {}
     for step in steps:
         model = load_model(snapshot_path(folder, step), tokens.device)
-        layouts = model.layouts or [None] * model.config.layers
-        maps = [layer_maps.cpu() for layer_maps in encoder_maps(model, tokens)]
-        with torch.no_grad():
-            scores = [parameter().cpu() for parameter in model.sparsity_parameters]
-        state = {"step": step, "phase": "dense" if model.layouts is None else "sparse"}
-        for layer, (layer_maps, score, layout) in enumerate(zip(maps, scores, layouts, strict=True)):
-            in_use = None if layout is None else layout.to("cpu")
-            place = state | {"layer": layer}
-            lines += _compare_layer(layer_maps, score, in_use, model.config.block, densities, place)
-        shown[state["phase"]] = state | _shown(maps[-1][0, shown_head], scores[-1], in_use, model.config.block)
-    columns = {name: [line[name] for line in lines] for name in lines[0]}
-    config = {"block": model.config.block, "length": model.config.length, "examples": len(tokens)}
-    place = {"shown_layer": model.config.layers - 1, "shown_head": shown_head}
-    return config | place | {"comparison": columns, "shown": list(shown.values())}
-
-
-def _compare_layer(
-    maps: Tensor, scores: Tensor, in_use: BlockLayout | None, block: int, densities: tuple[float, ...], place: dict
-) -> list[dict]:
-    """Maps (B, H, L, L) of a layer -> means over the examples, a record per head, density and pattern."""
-    lines = []
-    for head in range(maps.shape[1]):
-        for density in densities:
-            each = [
-                compare(attention, choose(attention, density, block, scores, None, in_use, place["layer"]))
-                for attention in maps[:, head]
-            ]
-            for records in zip(*each, strict=True):
-                if records[0]["density"] is not None:
-                    mean = {name: _mean([record[name] for record in records]) for name in NUMBERS}
-                    name = records[0]["pattern"]
-                    lines.append(place | {"head": head, "asked_density": density, "pattern": name} | mean)
-    return lines
-
-
-NUMBERS = ("density", "mass_kept", "overlap", "empty_rows")
-
-
-def _mean(values: list) -> float | None:
-    return None if None in values else round(float(np.mean(values)), 6)
+        block, state = model.config.block, {"step": step, "phase": "dense" if model.layouts is None else "sparse"}
+        for layer, found in enumerate(encoder_maps(model, tokens)):
+            maps, scores = found.cpu(), model.sparsity_parameters[layer]().detach().cpu()
+            in_use = None if model.layouts is None else model.layouts[layer].to("cpu")
+            for head, density, example in itertools.product(range(maps.shape[1]), densities, range(len(tokens))):
+                place = state | {"layer": layer, "head": head, "asked_density": density}
+                choices = choose(maps[example, head], density, block, scores, None, in_use, layer)
+                records += [place | record for record in compare(maps[example, head], choices)]
+        shown[state["phase"]] = state | _shown(maps[0, 0], scores, in_use, block)
+    numbers = pd.DataFrame(records).drop(columns="note").dropna(subset="density")  # of the patterns that there are
+    means = numbers.groupby([*place, "pattern"], sort=False).mean().round(6).reset_index().astype(object)
+    return {
+        "block": block,
+        "length": model.config.length,
+        "examples": len(tokens),
+        "shown_layer": layer,
+        "shown_head": 0,
+        "comparison": means.where(means.notna(), None).to_dict("list"),
+        "shown": list(shown.values()),
+    }
 
 
 def _shown(attention: Tensor, scores: Tensor, in_use: BlockLayout | None, block: int) -> dict:

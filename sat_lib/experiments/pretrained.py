@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,15 +24,6 @@ from .row_files import Context
 CHUNK = 8  # examples whose maps are held together
 
 
-class Look(NamedTuple):
-    """The attention maps of some examples, summed up layer by layer."""
-
-    metrics: list[dict[str, Tensor]]  # per layer, by name: (H,), mean over the examples
-    mean_maps: Tensor  # (layers, H, L, L) float64
-    first: Tensor  # (layers, H, L, L): those of the first example
-    first_tokens: int  # of it, without padding
-
-
 def look_at_maps(settings: FineTuning, examples: int, device: torch.device) -> dict:
     """`A^s` of randomly chosen training examples before, half way through and after fine-tuning, and of the untrained
     model as a control.
@@ -46,26 +37,29 @@ def look_at_maps(settings: FineTuning, examples: int, device: torch.device) -> d
         length, grid (patches in a row of an image), tokens (of the first example), and what `fine_tune` says of data.
     """
     require(examples >= 1, f"examples: wanted at least 1; got {examples}")
-    looks, result = {}, {}
+    metrics, profiles = [], []
     for moment, tuner in _moments(settings, device):
         require(examples <= len(tuner.train), f"examples: wanted at most {len(tuner.train)}; got {examples}")
         indices = np.random.default_rng([settings.seed, 1]).choice(len(tuner.train), examples, replace=False)
-        looks[moment] = (tuner.step, _look(tuner, indices))
-        result = {"grid": _grid(tuner.model), "train_examples": tuner.examples, **tuner.provenance}
-    shown = looks["half way"][1]
-    chosen = _striking(shown)
+        grid, when = _grid(tuner.model), {"moment": moment, "step": tuner.step}
+        found, mean_maps, first, tokens = _look(tuner, indices)
+        metrics += [when | line for line in found.round(5).reset_index().to_dict("records")]
+        profiles += [] if grid is None else [when | line for line in _profiles(mean_maps, grid)]
+        if moment == "half way":
+            shown, shown_tokens = first, tokens
+            layer, head = map(int, found["diagonal_mass" if grid is None else "stride_mass"].idxmax())
     return {
-        "metrics": [line for moment, (step, look) in looks.items() for line in _lines(moment, step, look)],
-        "profiles": [
-            line for moment, (step, look) in looks.items() for line in _profiles(moment, step, look, result["grid"])
-        ],
-        "shown": (shown.first[chosen] * 1e5).round().int().tolist(),
-        "shown_layer": chosen[0],
-        "shown_head": chosen[1],
-        "length": shown.first.shape[-1],
-        "tokens": shown.first_tokens,
+        "metrics": metrics,
+        "profiles": profiles,
+        "shown": (shown[layer, head] * 1e5).round().int().tolist(),
+        "shown_layer": layer,
+        "shown_head": head,
+        "length": shown.shape[-1],
+        "tokens": shown_tokens,
         "examples": examples,
-        **result,
+        "grid": grid,
+        "train_examples": tuner.examples,
+        **tuner.provenance,
     }
 
 
@@ -86,70 +80,45 @@ def _grid(model: nn.Module) -> int | None:
     return None if patch is None else model.config.image_size // patch
 
 
-def _look(tuner: FineTuner, indices: np.ndarray) -> Look:
-    grid, sums, total, first, tokens = _grid(tuner.model), None, 0.0, None, 0
+def _look(tuner: FineTuner, indices: np.ndarray) -> tuple[pd.DataFrame, Tensor, Tensor, int]:
+    """The attention maps of some examples.
+
+    Returns:
+        Metrics by layer and head, means over the examples; mean maps (layers, H, L, L) float64; those of the first
+        example; how many tokens it has without padding.
+    """
+    grid, sums, total, first = _grid(tuner.model), 0.0, 0.0, None
     for start in range(0, len(indices), CHUNK):
         inputs, _ = tuner.train.batch(indices[start : start + CHUNK], tuner.device)
         maps = attention_maps(tuner.model, inputs)
         real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         found = [_layer_metrics(layer, real, grid) for layer in maps]
-        sums = found if sums is None else [_added(*pair) for pair in zip(sums, found, strict=True)]
+        sums = sums + torch.stack([torch.stack([value.sum(0) for value in layer.values()], -1) for layer in found])
         total = total + torch.stack([layer.sum(0, dtype=torch.float64) for layer in maps])
         if first is None:
             first = torch.stack([layer[0] for layer in maps]).cpu()
             tokens = first.shape[-1] if real is None else int(real[0].sum())
-    count = len(indices)
-    metrics = [{name: value.cpu() / count for name, value in layer.items()} for layer in sums]
-    return Look(metrics, (total / count).cpu(), first, tokens)
+    places = pd.MultiIndex.from_product(map(range, sums.shape[:2]), names=["layer", "head"])
+    metrics = pd.DataFrame((sums / len(indices)).flatten(0, 1).cpu().numpy(), index=places, columns=list(found[0]))
+    return metrics, (total / len(indices)).cpu(), first, tokens
 
 
 def _layer_metrics(maps: Tensor, real: Tensor | None, grid: int | None) -> dict[str, Tensor]:
-    """By name (H,), summed over the batch."""
+    """By name (B, H)."""
     found = describe(maps, real)
     if grid is not None:
         found["stride_mass"], share = stride_mass(patch_maps(maps, grid), grid)
         found["stride_share"] = torch.full_like(found["stride_mass"], share)
-    return {name: value.sum(0) for name, value in found.items()}
+    return found
 
 
-def _added(some: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value + more[name] for name, value in some.items()}
-
-
-def _striking(look: Look) -> tuple[int, int]:
-    """Layer and head with most mass on the diagonal, for images at the stride of the grid."""
-    name = "stride_mass" if "stride_mass" in look.metrics[0] else "diagonal_mass"
-    values = torch.stack([layer[name] for layer in look.metrics])
-    layer, head = divmod(int(values.argmax()), values.shape[1])
-    return layer, head
-
-
-def _lines(moment: str, step: int, look: Look) -> list[dict]:
-    return [
-        {
-            "moment": moment,
-            "step": step,
-            "layer": layer,
-            "head": head,
-            **{name: round(float(value[head]), 5) for name, value in metrics.items()},
-        }
-        for layer, metrics in enumerate(look.metrics)
-        for head in range(look.first.shape[1])
-    ]
-
-
-def _profiles(moment: str, step: int, look: Look, grid: int | None) -> list[dict]:
+def _profiles(mean_maps: Tensor, grid: int) -> Iterator[dict]:
     """Per layer of an image model: mean entry by distance, relative to the mean, up to 4 rows of the grid."""
-    if grid is None:
-        return []
-    lines = []
-    for layer, maps in enumerate(look.mean_maps):
+    for layer, maps in enumerate(mean_maps):
         profile = offset_profile(patch_maps(maps[None], grid))
         period, height = stride_peak(profile, most=2 * grid)
         values = [round(value, 4) for value in profile[: 4 * grid + 1].tolist()]
-        lines.append({"moment": moment, "step": step, "layer": layer, "period": period, "height": round(height, 4)})
-        lines[-1]["profile"] = values
-    return lines
+        yield {"layer": layer, "period": period, "height": round(height, 4), "profile": values}
 
 
 # ---- pretrained models: notebooks 01 and 09 --------------------------------------------------------------------------
