@@ -123,38 +123,33 @@ def _profiles(mean_maps: Tensor, grid: int) -> Iterator[dict]:
 
 # ---- pretrained models: notebooks 01 and 09 --------------------------------------------------------------------------
 
-PUBLISHED_MODELS = (("google/vit-base-patch16-224-in21k", "image", "cifar10"), ("bert-base-uncased", "text", "mrpc"))
-STAND_INS = (("cifar-vit", "image", "digits"), ("minilm", "text", "mrpc"))
 SMOKE_FINE_TUNING = {
-    "image": {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 240, "test_examples": 180},
-    "text": {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 96, "test_examples": 100},
+    ("cifar-vit", "image"): {"epochs": 1, "batch": 16, "rate": 1e-3, "train_examples": 240, "test_examples": 180},
+    ("minilm", "text"): {"epochs": 1, "batch": 8, "rate": 1e-4, "train_examples": 96, "test_examples": 100},
 }
 PAPER_FINE_TUNING = {
-    "cifar-vit": {"epochs": 5, "batch": 32, "rate": 5e-4},
-    "minilm": {"epochs": 4, "batch": 32, "rate": 1e-4},
-    "google/vit-base-patch16-224-in21k": {"epochs": 3, "batch": 64, "rate": 1e-4},
-    "bert-base-uncased": {"epochs": 3, "batch": 32, "rate": 3e-5},
+    ("google/vit-base-patch16-224-in21k", "image", "cifar10"): {"epochs": 3, "batch": 64, "rate": 1e-4},
+    ("bert-base-uncased", "text", "mrpc"): {"epochs": 3, "batch": 32, "rate": 3e-5},
+    ("cifar-vit", "image", "digits"): {"epochs": 5, "batch": 32, "rate": 5e-4},
+    ("minilm", "text", "mrpc"): {"epochs": 4, "batch": 32, "rate": 1e-4},
 }
 
 
-def _models(profile: str) -> list[tuple[str, str, str]]:
-    """Model, kind, data: at the smoke profile the stand-ins, on MRPC if it is there; at the paper profile all."""
+def _fine_tuning_cases(profile: str, **more) -> list[dict]:
+    """Each model: at the smoke profile the stand-ins, on MRPC if it is there; at the paper profile all."""
     if profile == "paper":
-        return [*PUBLISHED_MODELS, *STAND_INS]
-    return [(model, kind, pairs.default_pairs() if kind == "text" else data) for model, kind, data in STAND_INS]
-
-
-def _fine_tuning_case(model: str, kind: str, data: str, profile: str, **more) -> dict:
-    settings = SMOKE_FINE_TUNING[kind] if profile == "smoke" else PAPER_FINE_TUNING[model] | {"precision": "bf16"}
-    return {"model": model, "kind": kind, "data": data, **settings, **more}
+        settings = {key: value | {"precision": "bf16"} for key, value in PAPER_FINE_TUNING.items()}
+    else:
+        data = {"image": "digits", "text": pairs.default_pairs()}
+        settings = {(*key, data[key[1]]): value for key, value in SMOKE_FINE_TUNING.items()}
+    return [dict(zip(("model", "kind", "data"), key, strict=True)) | settings[key] | more for key in settings]
 
 
 def motivation_cases(profile: str) -> list[dict]:
     """Part of an epoch of dense fine-tuning of each model, at the paper profile a whole one, in float32."""
     smoke = profile == "smoke"
     more = {"train_examples": 96} if smoke else {"epochs": 1, "precision": "fp32"}
-    examples = {"examples": 16 if smoke else 64}
-    return [_fine_tuning_case(*model, profile, **more, **examples) for model in _models(profile)]
+    return _fine_tuning_cases(profile, **more, examples=16 if smoke else 64)
 
 
 def motivation(case: dict, context: Context) -> dict:
@@ -171,8 +166,7 @@ def finetuning_cases(profile: str) -> list[dict]:
     variants += [] if smoke else [(pattern, "drop", 0.25) for pattern in PATTERNS]
     cases = []
     for seed in range(1 if smoke else 3):
-        for model in _models(profile):
-            base = _fine_tuning_case(*model, profile, seed=seed)
+        for base in _fine_tuning_cases(profile, seed=seed):
             cases.append(base | {"attention": "dense"})
             for pattern, pruned, density in variants:
                 sat = {"attention": "sat", "pattern": pattern, "pruned": pruned, "density": density}
