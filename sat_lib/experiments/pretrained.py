@@ -141,8 +141,11 @@ def _fine_tuning_cases(profile: str, **more) -> list[dict]:
         settings = {key: value | {"precision": "bf16"} for key, value in PAPER_FINE_TUNING.items()}
     else:
         data = {"image": "digits", "text": pairs.default_pairs()}
-        settings = {(*key, data[key[1]]): value for key, value in SMOKE_FINE_TUNING.items()}
-    return [dict(zip(("model", "kind", "data"), key, strict=True)) | settings[key] | more for key in settings]
+        settings = {(model, kind, data[kind]): value for (model, kind), value in SMOKE_FINE_TUNING.items()}
+    return [
+        {"model": model, "kind": kind, "data": data} | settings[model, kind, data] | more
+        for model, kind, data in settings
+    ]
 
 
 def motivation_cases(profile: str) -> list[dict]:
@@ -215,10 +218,8 @@ def pretrained_step(case: dict, device: torch.device) -> dict:
     if case["attention"] == "sat":
         sat = SparseAttention(model, inputs, block=case["block"], density=case["density"] or 1.0, theta=math.inf)
         if case["phase"] == "sparse":
-            blocks = -(-sat.length // sat.block)
-            layers = range(len(sat.sparsity))
-            layouts = [random_layout(blocks, blocks, case["density"], sat.block, seed) for seed in layers]
-            sat.enter_sparse_phase(layouts)
+            blocks, layers = -(-sat.length // sat.block), range(len(sat.sparsity))
+            sat.enter_sparse_phase([random_layout(blocks, blocks, case["density"], sat.block, seed) for seed in layers])
     else:
         model.set_attn_implementation(case["attention"])
     optimiser = torch.optim.AdamW([*model.parameters(), *(sat.parameters() if sat else ())], lr=1e-5)
