@@ -17,7 +17,6 @@ from ..attention.patterns import generate_layout
 from ..attention.statistics import mass_kept, overlap, pool_blocks
 from ..common import distributed, files
 from ..datasets.cache import Splits
-from ..datasets.tasks import task
 from ..model.encoder import ModelConfig
 from ..training.checkpoint import load_checkpoint, save_checkpoint
 from ..training.fit import fit, own_folder
@@ -50,24 +49,20 @@ RUNS = {
     "agnews": {"steps": 600, "eval_every": 50, "switch_at": 50},
     "digits16": {"switch_at": 100},
 }
-CIFAR, AGNEWS, PAPER, SMOKE_TOO = ("cifar10",), ("agnews",), ("cifar10", "agnews"), ("cifar10", "agnews", "digits16")
+CIFAR, AGNEWS, DIGITS = ("cifar10",), ("agnews",), ("digits16",)
+PAPER, SMOKE_TOO = CIFAR + AGNEWS, CIFAR + AGNEWS + DIGITS
 
-# What is varied -> attention, model and recipe of a task's run, given the run that the base is made from as well.
+# What is varied -> attention, model, and what is changed of the recipe of a run.
 STARTS = {
-    "base": lambda base, run: ("sat", BASE_MODEL, base_recipe(base) | run),
-    "best": lambda base, run: ("sat", BEST_MODEL, base_recipe(base) | _forced_best(base) | run),
-    "dense": lambda base, run: ("dense", {}, {name: value for name, value in run.items() if name != "switch_at"}),
+    "base": ("sat", BASE_MODEL, base_recipe),
+    "best": ("sat", BEST_MODEL, lambda run: best_recipe(run) | {"schedule_after": "constant"}),
+    "dense": ("dense", {}, lambda run: {}),
 }
-
-
-def _forced_best(base: RunConfig) -> dict:
-    """The preset "best", which is to switch where the base does."""
-    return best_recipe(replace(base, model=replace(base.model, **BEST_MODEL))) | {"schedule_after": "constant"}
 
 
 @dataclass(frozen=True)
 class Variation:
-    """One thing changed. A value in `recipe` may be a function of the run that the base is made from."""
+    """One thing changed. A value in `recipe` may be a function of the run before its recipe is changed."""
 
     group: str  # what is changed
     value: str | float  # to what
@@ -109,7 +104,7 @@ VARIATIONS = [
     Variation("layout", "calibrated", SMOKE_TOO, _OF_ATTENTION, _LARGEST),
     Variation("layout", "correlation, largest", recipe=_LARGEST),
     Variation("layout", "random, balanced", PAPER, recipe=_RANDOM),
-    Variation("layout", "random", ("cifar10", "digits16"), recipe=_RANDOM | _LARGEST),
+    Variation("layout", "random", CIFAR + DIGITS, recipe=_RANDOM | _LARGEST),
     Variation("layout", "attention, balanced", PAPER, recipe={"pattern": "attention"}),
     *(Variation("layout", f"{name}, balanced", recipe={"pattern": name}) for name in ("gradient", "gate")),
     Variation("layout", "attention, by row", SMOKE_TOO, recipe={"pattern": "attention"} | _BY_ROW),
@@ -126,14 +121,13 @@ VARIATIONS = [
     Variation("dropout", 0.2, model={"dropout": 0.2}),
     *_each("switch_at", 190, 500, 750, 1_500, 2_000),
     *_each("switch_at", 0, 100, on=AGNEWS),
-    *_each("switch_at", 150, on=("agnews", "digits16")),
+    *_each("switch_at", 150, on=AGNEWS + DIGITS),
     *_each("switch_at", 200, on=AGNEWS),
     *_each("density", 0.02, 0.0625, 0.125),
     *_each("density", 0.08, on=AGNEWS),
     *_each("density", 0.25, on=SMOKE_TOO),
     *_each("density", 0.4),
-    Variation("block", 16, **_kept(16, 1)),
-    Variation("block", 64, **_kept(64, 1)),
+    *(Variation("block", block, **_kept(block, 1)) for block in (16, 64)),
     Variation("block", "16, three a row", PAPER, **_kept(16, 3)),
     Variation("block", "16, three a row, near", PAPER, **_kept(16, 3, pattern="near")),
     *_each("theta", 1.7, 0.0, 3.4, **_BY_THE_MAPS),
@@ -174,13 +168,26 @@ def ablation_cases(profile: str) -> list[dict]:
     ]
 
 
-def _varied(variation: Variation, task_name: str, seed: int, profile: str) -> dict:
-    small, run = _small(task_name, profile), RUNS[task_name]
-    base = case_config(run_case(task_name, "sat", 0, profile, model=small, **run))
-    attention, model, recipe = STARTS[variation.start](base, run)
-    recipe = recipe | {name: value(base) if callable(value) else value for name, value in variation.recipe.items()}
-    case = run_case(task_name, attention, seed, profile, model=small | model | variation.model, **recipe)
+def _varied(variation: Variation, name: str, seed: int, profile: str) -> dict:
+    attention, model, start = STARTS[variation.start]
+    run = {field: value for field, value in RUNS[name].items() if attention == "sat" or field != "switch_at"}
+
+    def recipe(before: RunConfig) -> dict:
+        changed = {field: value(before) if callable(value) else value for field, value in variation.recipe.items()}
+        return start(before) | run | changed
+
+    case = _case_with(recipe, name, attention, seed, profile, model | variation.model, run)
     return {"group": variation.group, "value": variation.value} | case
+
+
+def _case_with(
+    recipe: Callable[[RunConfig], dict], name: str, attention: str, seed: int, profile: str, model: dict, run: dict
+) -> dict:
+    """A case with `model` and `run` changed, and then what `recipe` says of that run; small at the smoke profile."""
+    if profile == "smoke":
+        model = SMOKE_RUN[name]["model"] | model
+    before = case_config(run_case(name, attention, seed, profile, model=model, **run))
+    return run_case(name, attention, seed, profile, model=model, **(run | recipe(before)))
 
 
 def ablate(case: dict, context: Context) -> dict:
@@ -207,7 +214,7 @@ def dense_phase(config: RunConfig) -> RunConfig:
     late = ("density", "theta", "delta", "schedule_after", "rate_after", "average", "switch_rule")
     late += ("pattern", "pattern_budget", "pattern_heads", "pattern_refresh")
     recipe = replace(config.recipe, switch_at=config.recipe.steps, **{name: getattr(published, name) for name in late})
-    return RunConfig(replace(config.model, pruned=ModelConfig.__dataclass_fields__["pruned"].default), recipe)
+    return RunConfig(replace(config.model, pruned=ModelConfig.pruned), recipe)
 
 
 def share_dense_phase(config: RunConfig, data: Splits, folder: Path, device: torch.device, phases: Path) -> None:
@@ -254,9 +261,6 @@ def _before_transition(config: RunConfig, data: Splits, device: torch.device, ph
 # ---- what is told of layouts -----------------------------------------------------------------------------------------
 
 
-LAYOUT_FIGURES = ("mass_kept", "density", "diagonal", "distinct_columns", "empty_rows")
-
-
 def layout_figures(maps: dict) -> dict[str, float | None]:
     """Of the layouts at the transition, means over layers and heads; None each where there was none.
 
@@ -264,7 +268,7 @@ def layout_figures(maps: dict) -> dict[str, float | None]:
     share of the kept blocks; `distinct_columns`: share of the block columns that some row keeps; `empty_rows`.
     """
     if "kept" not in maps:
-        return dict.fromkeys(LAYOUT_FIGURES)
+        return dict.fromkeys(("mass_kept", "density", "diagonal", "distinct_columns", "empty_rows"))
     pooled, kept = torch.tensor(maps["transition"]), torch.tensor(maps["kept"]).bool()
     heads = kept if kept.dim() == 4 else kept[:, None]
     layouts = [(layer, BlockLayout(grid, 1)) for layer, grids in enumerate(heads) for grid in grids]
@@ -287,47 +291,32 @@ def best_cases(profile: str) -> list[dict]:
     baselines on AG News, which `accuracy_short` has too: two runs of a seed tell how far apart they come; and what the
     average of the weights does for all the others.
     """
-    case = partial(_case_with, profile=profile)
     if profile == "smoke":
-        return [case(best_recipe, "digits16", "sat", 0, model=_small("digits16", profile) | BEST_MODEL)]
-    best = lambda name, seed, **changes: case(partial(_best_but, **changes), name, "sat", seed, model=BEST_MODEL)
-    base = lambda name, seed: case(base_recipe, name, "sat", seed, model=BASE_MODEL)
+        return [_case_with(best_recipe, "digits16", "sat", 0, profile, BEST_MODEL, {})]
+
+    def case(recipe, name, attention, seed, model):
+        return _case_with(recipe, name, attention, seed, profile, model, {} if name == "cifar10" else SHORT_RUN)
+
+    best = lambda name, seed, **changes: case(partial(_best_but, **changes), name, "sat", seed, BEST_MODEL)
+    average = lambda run: {"average": averaged_steps(run.recipe.steps)}
     cases = [best("cifar10", seed, each=each) for each in (1, 2, 3) for seed in range(5)]
-    cases += [base("cifar10", seed) for seed in range(5)]
+    cases += [case(base_recipe, "cifar10", "sat", seed, BASE_MODEL) for seed in range(5)]
     for seed in range(3):
         cases += [best("cifar10", seed, switch_at=at) for at in (2_000, 4_000)]
         for name in ("agnews", "imdb", "yelp"):
             cases += [best(name, seed), best(name, seed, switch_at=None)]
         cases += [best(name, seed, each=3, switch_at=None) for name in ("agnews", "yelp")]
-        cases += [base("agnews", seed)]
+        cases += [case(base_recipe, "agnews", "sat", seed, BASE_MODEL)]
         cases += [run_case("agnews", attention, seed, profile, **SHORT_RUN) for attention in BASELINES]
         for name in ("cifar10", "agnews"):
-            cases += [case(_average, name, attention, seed) for attention in ("dense", *BASELINES)]
+            cases += [case(average, name, attention, seed, {}) for attention in ("dense", *BASELINES)]
     return cases
-
-
-def _case_with(
-    recipe: Callable[[RunConfig], dict], name: str, attention: str, seed: int, profile: str, model: dict | None = None
-) -> dict:
-    """A case with what `recipe` says of its run, a short one of a text set."""
-    changes = {"model": model or {}} | (SHORT_RUN if task(name).kind == "text" else {})
-    run = case_config(run_case(name, attention, seed, profile, **changes))
-    return run_case(name, attention, seed, profile, **recipe(run), **changes)
 
 
 def _best_but(run: RunConfig, each: int = 1, **changes) -> dict:
     """The preset "best" with so many blocks of each row and column, and with changes; None takes one back."""
     recipe = best_recipe(run) | {"density": each / run.model.blocks} | changes
     return {name: value for name, value in recipe.items() if value is not None}
-
-
-def _average(run: RunConfig) -> dict:
-    return {"average": averaged_steps(run.recipe.steps)}
-
-
-def _small(name: str, profile: str) -> dict:
-    """What the smoke profile changes of a task's model."""
-    return SMOKE_RUN[name].get("model", {}) if profile == "smoke" else {}
 
 
 # ---- diagnosis -------------------------------------------------------------------------------------------------------
@@ -339,7 +328,7 @@ def diagnosis_cases(profile: str) -> list[dict]:
     tasks = {"digits16": 100} if smoke else {"cifar10": 600, "agnews": 300}
     return [
         {"steps": steps, "every": 10}
-        | run_case(name, "sat", seed, profile, model=_small(name, profile) | {"sparsity_init": init}, switch_at=10**9)
+        | _case_with(lambda run: {}, name, "sat", seed, profile, {"sparsity_init": init}, {"switch_at": 10**9})
         for seed in range(1 if smoke else 3)
         for name, steps in tasks.items()
         for init in ("released", "calibrated")
