@@ -9,7 +9,6 @@ compute with the model's own parameters, under their own names: checkpoints and 
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 
 import torch
@@ -102,20 +101,16 @@ class Masks:
         self.make, self.mask, self.sort, self.made = make, None, None, {}
 
     def __call__(self, x: Tensor, mask: Tensor | None) -> dict:
-        sort = (x.shape[:2], x.device, _mask_dtype(x))
+        # A CPU's autocast, unlike a GPU's, leaves softmax in low precision, and BigBird wants one type.
+        low = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if low else x.dtype
+        sort = (x.shape[:2], x.device, dtype)
         if mask is not self.mask or sort != self.sort:
             with torch.inference_mode(False):  # what evaluation made must do for training too
-                shape, device, dtype = sort
-                real = torch.ones(shape, device=device, dtype=dtype) if mask is None else mask.to(dtype)
-                self.made = self.make(real)
+                real = torch.ones(x.shape[:2], device=x.device) if mask is None else mask
+                self.made = self.make(real.to(dtype))
             self.mask, self.sort = mask, sort
         return self.made
-
-
-def _mask_dtype(x: Tensor) -> torch.dtype:
-    """That of x. But a CPU's autocast, unlike a GPU's, leaves softmax in low precision, and BigBird wants one type."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind == "cpu" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ---- Longformer ------------------------------------------------------------------------------------------------------
@@ -140,21 +135,20 @@ def _longformer(config: ModelConfig) -> tuple[list[nn.Module], Masks]:
     )
     with torch.device("meta"):  # its own parameters are replaced
         layers = [LongformerSelfAttention(sizes, layer) for layer in range(config.layers)]
-    return layers, Masks(partial(_longformer_masks, global_token=config.global_token))
 
+    def masks(real: Tensor) -> dict:
+        """As LongformerModel and its encoder pass them: below 0 for padding, 0 for the window, above 0 for global."""
+        values = 10_000 * (real - 1)
+        if config.global_token:
+            values[:, 0] += 10_000 * real[:, 0]
+        return {
+            "attention_mask": values,
+            "is_index_masked": values < 0,
+            "is_index_global_attn": values > 0,
+            "is_global_attn": bool((values > 0).any()),
+        }
 
-def _longformer_masks(real: Tensor, global_token: bool) -> dict:
-    """As LongformerModel and its encoder pass them: below 0 for padding, 0 for the window, above 0 for global."""
-    values = 10_000 * (real - 1)
-    if global_token:
-        values[:, 0] += 10_000 * real[:, 0]
-    is_global = values > 0
-    return {
-        "attention_mask": values,
-        "is_index_masked": values < 0,
-        "is_index_global_attn": is_global,
-        "is_global_attn": bool(is_global.any()),
-    }
+    return layers, Masks(masks)
 
 
 # ---- BigBird ---------------------------------------------------------------------------------------------------------
@@ -167,7 +161,6 @@ def _bigbird(config: ModelConfig) -> tuple[list[nn.Module], Masks]:
         "implementation='library'",
     )
     _require_multiple(config, "BigBird", "block", config.block)
-    plans = [_random_blocks(config, layer) for layer in range(config.layers)]
     from transformers import BigBirdConfig
     from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 
@@ -180,43 +173,33 @@ def _bigbird(config: ModelConfig) -> tuple[list[nn.Module], Masks]:
     )
     with torch.device("meta"):  # its own parameters are replaced
         layers = [BigBirdBlockSparseAttention(sizes, seed=layer) for layer in range(config.layers)]
-    for layer, plan in zip(layers, plans, strict=True):
-        _set_plan(layer, plan)
-    make = partial(_bigbird_masks, make=BigBirdModel.create_masks_for_block_sparse_attn, block=config.block)
-    return layers, Masks(make)
+    for layer, published in enumerate(layers):
+        _set_random_blocks(published, config, layer)
+
+    def masks(real: Tensor) -> dict:
+        """As BigBirdModel and its layers pass them."""
+        blocked, band, rows, columns = BigBirdModel.create_masks_for_block_sparse_attn(real, config.block)
+        by_block = {"from_blocked_mask": blocked, "to_blocked_mask": blocked}
+        return by_block | {"band_mask": band, "from_mask": rows, "to_mask": columns}
+
+    return layers, Masks(masks)
 
 
-def _random_blocks(config: ModelConfig, layer: int) -> list:
-    """One int64 NumPy array (N - 2, random blocks) per head: what inner block rows keep beside window and edges."""
+def _set_random_blocks(published: nn.Module, config: ModelConfig, layer: int) -> None:
+    """Let a BigBird layer use our random blocks in place of its own, in training as in evaluation.
+
+    Its own are drawn anew from a seed in each forward pass of training, and in evaluation are block 0 alone, which all
+    rows see anyway. A plan is an int64 NumPy array (N - 2, random blocks) per head: what inner block rows keep beside
+    window and edges. Lengths 1024, 3072 and 4096 ask for it head by head, others for all heads at once.
+    """
     layout = bigbird_layout(config.heads, config.blocks, config.random_blocks, config.block, config.pattern_seed, layer)
     row = torch.arange(config.blocks)
     edges = (row == 0) | (row == config.blocks - 1)
     random = layout.grid & ~edges & ((row[:, None] - row).abs() > 1)
-    columns = random[:, 1:-1].nonzero()[:, 2].reshape(config.heads, -1, config.random_blocks)
-    return list(columns.numpy())
-
-
-def _set_plan(layer: nn.Module, plan: list) -> None:
-    """Let a BigBird layer use this plan in place of its own, in training as in evaluation.
-
-    Its own is drawn anew from a seed in each forward pass of training, and in evaluation consists of block 0 alone,
-    which all rows see anyway. Lengths 1024, 3072 and 4096 ask for it head by head, others for all heads at once.
-    """
+    plan = list(random[:, 1:-1].nonzero()[:, 2].reshape(config.heads, -1, config.random_blocks).numpy())
     heads = itertools.cycle(plan)
-    layer._bigbird_block_rand_mask = lambda *_, **__: next(heads)
-    layer._bigbird_block_rand_mask_with_head = lambda *_, **__: plan
-
-
-def _bigbird_masks(real: Tensor, make: Callable, block: int) -> dict:
-    """As BigBirdModel and its layers pass them."""
-    blocked, band, rows, columns = make(real, block)
-    return {
-        "band_mask": band,
-        "from_mask": rows,
-        "to_mask": columns,
-        "from_blocked_mask": blocked,
-        "to_blocked_mask": blocked,
-    }
+    published._bigbird_block_rand_mask = lambda *_, **__: next(heads)
+    published._bigbird_block_rand_mask_with_head = lambda *_, **__: plan
 
 
 def _require_multiple(config: ModelConfig, name: str, field: str, size: int) -> None:
