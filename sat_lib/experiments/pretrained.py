@@ -87,29 +87,27 @@ def _look(tuner: FineTuner, indices: np.ndarray) -> tuple[pd.DataFrame, Tensor, 
         Metrics by layer and head, means over the examples; mean maps (layers, H, L, L) float64; those of the first
         example; how many tokens it has without padding.
     """
-    grid, sums, total, first = _grid(tuner.model), 0.0, 0.0, None
+    grid, sums, total = _grid(tuner.model), 0.0, 0.0
     for start in range(0, len(indices), CHUNK):
         inputs, _ = tuner.train.batch(indices[start : start + CHUNK], tuner.device)
         maps = attention_maps(tuner.model, inputs)
         real = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        found = [_layer_metrics(layer, real, grid) for layer in maps]
-        sums = sums + torch.stack([torch.stack([value.sum(0) for value in layer.values()], -1) for layer in found])
+        numbers = [_layer_metrics(layer, real, grid) for layer in maps]
+        sums = sums + pd.concat(numbers, keys=range(len(maps)), names=["layer", "head"])
         total = total + torch.stack([layer.sum(0, dtype=torch.float64) for layer in maps])
-        if first is None:
+        if start == 0:
             first = torch.stack([layer[0] for layer in maps]).cpu()
             tokens = first.shape[-1] if real is None else int(real[0].sum())
-    places = pd.MultiIndex.from_product(map(range, sums.shape[:2]), names=["layer", "head"])
-    metrics = pd.DataFrame((sums / len(indices)).flatten(0, 1).cpu().numpy(), index=places, columns=list(found[0]))
-    return metrics, (total / len(indices)).cpu(), first, tokens
+    return sums / len(indices), (total / len(indices)).cpu(), first, tokens
 
 
-def _layer_metrics(maps: Tensor, real: Tensor | None, grid: int | None) -> dict[str, Tensor]:
-    """By name (B, H)."""
+def _layer_metrics(maps: Tensor, real: Tensor | None, grid: int | None) -> pd.DataFrame:
+    """A line a head, summed over the batch."""
     found = describe(maps, real)
     if grid is not None:
         found["stride_mass"], share = stride_mass(patch_maps(maps, grid), grid)
         found["stride_share"] = torch.full_like(found["stride_mass"], share)
-    return found
+    return pd.DataFrame({name: value.sum(0).cpu().numpy() for name, value in found.items()})
 
 
 def _profiles(mean_maps: Tensor, grid: int) -> Iterator[dict]:
