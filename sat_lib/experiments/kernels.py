@@ -190,7 +190,8 @@ def kernel_time(case: dict, device: torch.device) -> dict:
     """
     measurements = {"copy": copy_time, "operations": operation_times, "statistics": statistics_time}
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if case.get("tf32") else "ieee"
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if case.get("tf32") else "ieee"
     try:
         result = measurements.get(case["sweep"], method_time)(case, device)
     finally:

@@ -487,7 +487,7 @@ def test_several_processes_share_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations.distributed, "size", lambda: 2)
     monkeypatch.setattr(ablations, "train", lambda case, context: asked.append(case) or {"maps": {}, "history": []})
     case = ablation_cases("smoke")[1]
-    assert ablations.ablate(case, Context("smoke", CPU, tmp_path, "code")) ["history"] == []
+    assert ablations.ablate(case, Context("smoke", CPU, tmp_path, "code"))["history"] == []
     assert asked == [case]
     assert not any(tmp_path.iterdir())
 
