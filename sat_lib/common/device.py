@@ -3,7 +3,6 @@
 import datetime
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -31,12 +30,7 @@ def device_name(device: torch.device) -> str:
     """The device as a reader knows it: the GPU's name, or the processor's with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{files.processor()}, {torch.get_num_threads()} threads"
 
 
 def stamp(device: torch.device) -> dict:

@@ -100,7 +100,7 @@ def select(
     """
     require(name in EXPERIMENTS, f"experiment: wanted one of {sorted(EXPERIMENTS)}; got {name!r}")
     require(profile in PROFILES, f"profile: wanted one of {PROFILES}; got {profile!r}")
-    context = Context(profile, pick_device(device), Path(root), source_digest("experiments"))
+    context = Context(profile, pick_device(device), Path(root), source_digest("sat_lib.experiments"))
     wanted = [case for case in EXPERIMENTS[name].cases(profile) if (only or {}).items() <= plain(case).items()]
     require(wanted, f"only: no case of {name} at the {profile} profile has {only}")
     return context, wanted

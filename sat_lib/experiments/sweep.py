@@ -103,7 +103,7 @@ class Job:
         if self.launch.processes > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         with distributed.joined(pick_device(self.device)) as device:
-            context = Context(self.profile, device, self.root, source_digest("experiments"))
+            context = Context(self.profile, device, self.root, source_digest("sat_lib.experiments"))
             require(
                 self.profile == "paper" or context.code == self.code,
                 "the source text changed since this job was submitted, and smoke rows count for one text alone. "

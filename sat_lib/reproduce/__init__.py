@@ -4,17 +4,14 @@
     runs/<profile>/notebooks/<stage>.ipynb    the executed notebook (<stage>.failed.ipynb: the last failure)
     runs/<profile>/logs/<stage>.log           what it printed
 
-torch, papermill and pandas are imported by the stages' own processes alone, so it takes a second to find that
-everything is up to date. The state of a stage is written when it ends: doit, which could run the stages, writes all
+torch, papermill and pandas are imported where a stage has to run alone, so it takes a second to find that everything is
+up to date. The state of a stage is written when it ends: doit, which could run the stages, writes all
 states when the command ends, and a kill would lose them. stages: what a stage is made of, and whether that changed;
 notebook: one of them executed; documents: the tables that README and REPRODUCE quote.
 """
 
-import csv
-import io
 import itertools
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -224,11 +221,11 @@ def _run_stages(place: Place, why: dict[Stage, list[str]], stages: tuple[Stage, 
             _warn_of_environment(place, stage)
             continue
         try:
-            succeeded = _run_stage(place, stage, label, known)
+            if not _run_stage(place, stage, label, known):
+                failed.append(stage.name)
         except KeyboardInterrupt:
             print(f"\n{stage.name} was cut off; the same command goes on from here", flush=True)
             return 130
-        failed += [] if succeeded else [stage.name]
     if not place.draw_only:  # its seconds say nothing of how long measuring takes
         _summarise(place, stages)
     if failed:
@@ -314,28 +311,23 @@ def _replace_line(text: str) -> None:
 
 def _summarise(place: Place, stages: tuple[Stage, ...]) -> None:
     """Print the table of all stages, and write it as figures/<profile>/summary.csv, .md and .json."""
-    states = {stage: place.state(stage) or {"status": "never run"} for stage in stages}
-    rows = [_summary_row(stage, state) for stage, state in states.items()]
+    import pandas as pd
+
+    rows = [_summary_row(stage, place.state(stage) or {"status": "never run"}) for stage in stages]
     print(f"\n{'stage':20}{'seconds':>8}  written to {place.figures}, and what to look at")
     for row in rows:
         print(f"{row['stage']:20}{row['seconds']:>8}  {row['written']}\n{'':30}{row['look at']}", flush=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.write(place.figures / "summary.csv", text.getvalue())
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    table = pd.DataFrame(rows).drop(columns="peak_rss_bytes")
+    files.write(place.figures / "summary.csv", table.to_csv(index=False))
+    lines = [table.columns, ["---"] * len(table.columns), *table.astype(str).to_numpy()]
     files.write(place.figures / "summary.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
     summary = {
         "profile": place.profile,
         "commit": files.commit(place.root),
         "environment": environment(),
-        "device": _device(),
-        "total_seconds": round(sum(state.get("seconds", 0) for state in states.values()), 1),
-        "stages": [
-            {**row, "peak_rss_bytes": state.get("peak_rss_bytes")}
-            for row, state in zip(rows, states.values(), strict=True)
-        ],
+        "device": f"{files.processor()}, {os.cpu_count()} cores",
+        "total_seconds": round(sum(row["seconds"] or 0 for row in rows), 1),
+        "stages": rows,
     }
     files.write_json(place.figures / "summary.json", summary)
 
@@ -350,10 +342,5 @@ def _summary_row(stage: Stage, state: dict) -> dict:
         "seconds": state.get("seconds", ""),
         "written": written if finished else f"nothing ({state['status']})",
         "look at": stage.look,
+        "peak_rss_bytes": state.get("peak_rss_bytes"),
     }
-
-
-def _device() -> str:
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{model[1] if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

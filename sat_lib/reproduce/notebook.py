@@ -151,28 +151,24 @@ def execute(job: dict, executed: Path) -> list[str]:
 
 
 def cell_problems(cells: list[dict], failure: list[str]) -> list[str]:
-    """The first cell of an executed notebook that failed or wasn't executed, with what `failure` says beside it."""
+    """The first cell of an executed notebook that failed or wasn't executed, with what `failure` says beside it.
+
+    Of a failing cell these are its number, the first lines of its source, the last lines of its traceback.
+    """
     original = [cell for cell in cells if not INSERTED & set(cell["metadata"].get("tags", ()))]
     for number, cell in enumerate(original, 1):
         if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
             continue
         errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
+        source = "\n".join(f"    | {line}" for line in "".join(cell["source"]).splitlines()[:4])
         if errors:
-            return [describe(number, cell, errors[0])]
+            error = errors[0]
+            traceback = ANSI.sub("", "\n".join(error["traceback"])) or f"{error['ename']}: {error['evalue']}"
+            lines = [f"    {line}" for line in traceback.splitlines() if line.strip()][-4:]
+            return ["\n".join([f"cell {number} raised {error['ename']}:", source, *lines])]
         if cell["execution_count"] is None or "shell.execute_reply" not in cell["metadata"].get("execution", {}):
-            return [*failure, f"cell {number} wasn't executed to its end:\n{_quote(cell)}"]
+            return [*failure, f"cell {number} wasn't executed to its end:\n{source}"]
     return failure
-
-
-def describe(number: int, cell: dict, error: dict) -> str:
-    """A failing cell: its number, the first lines of its source, the last lines of its traceback."""
-    traceback = ANSI.sub("", "\n".join(error["traceback"])) or f"{error['ename']}: {error['evalue']}"
-    lines = [line for line in traceback.splitlines() if line.strip()][-4:]
-    return "\n".join([f"cell {number} raised {error['ename']}:", _quote(cell), *(f"    {line}" for line in lines)])
-
-
-def _quote(cell: dict) -> str:
-    return "\n".join(f"    | {line}" for line in "".join(cell["source"]).splitlines()[:4])
 
 
 # ---- what it wrote ---------------------------------------------------------------------------------------------------
@@ -186,8 +182,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 def output_problems(figures: Path, outputs: list[str], known: list[str], before: dict) -> list[str]:
     """Declared outputs that weren't rewritten or don't open, and written files that nobody declared."""
-    after = stamps(figures)
-    written = {name for name, stamp in after.items() if before.get(name) != stamp}
+    written = {name for name, stamp in stamps(figures).items() if before.get(name) != stamp}
     missing = [f"{name} was declared but not written" for name in outputs if name not in written]
     unknown = [f"{name} was written but isn't declared in STAGES" for name in sorted(written - {*outputs, *known})]
     faults = {name: defect(figures / name) for name in outputs if name in written}
@@ -196,42 +191,25 @@ def output_problems(figures: Path, outputs: list[str], known: list[str], before:
 
 def defect(path: Path) -> str | None:
     """What keeps a figure, table or data file from being readable; None for a sound one."""
-    if not path.read_bytes().strip():
-        return "it is empty"
-    check = {".pdf": _pdf_defect, ".png": _png_defect, ".csv": _csv_defect, ".json": _json_defect}.get(path.suffix)
-    return check(path) if check else None
-
-
-def _pdf_defect(path: Path) -> str | None:
     data = path.read_bytes()
-    return None if data.startswith(b"%PDF") and b"%%EOF" in data[-1024:] else "not a whole PDF"
-
-
-def _png_defect(path: Path) -> str | None:
-    from PIL import Image
-
+    if not data.strip():
+        return "it is empty"
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:  # Pillow reports a broken chunk as SyntaxError
+        match path.suffix:
+            case ".pdf" if not data.startswith(b"%PDF") or b"%%EOF" not in data[-1024:]:
+                return "not a whole PDF"
+            case ".png":
+                from PIL import Image
+
+                with Image.open(path) as image:
+                    image.load()
+            case ".csv":
+                import pandas
+
+                if pandas.read_csv(path).empty:
+                    return "a header and no rows"
+            case ".json":
+                json.loads(data)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports a broken chunk as SyntaxError
         return str(error)
     return None
-
-
-def _csv_defect(path: Path) -> str | None:
-    import pandas
-
-    try:
-        frame = pandas.read_csv(path)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
-        return str(error)
-    return "a header and no rows" if frame.empty else None
-
-
-def _json_defect(path: Path) -> str | None:
-    try:
-        json.loads(path.read_text())
-    except ValueError as error:
-        return str(error)
-    return None
-

@@ -6,9 +6,9 @@ runs/<profile>/stages/<stage>.json: the key, the digests of the outputs, version
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.metadata
-import itertools
 import json
 import platform
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ from pathlib import Path
 from .. import PUBLIC
 from ..common import files
 from ..common.errors import InputError, require
-from ..common.sources import modules, source_files
+from ..common.sources import import_graph, source_files
 
-NOT_A_PART = ("__main__", "reproduce")  # they run the notebooks and give them nothing
+NOT_A_PART = ("sat_lib.__main__", "sat_lib.reproduce")  # they run the notebooks and give them nothing
 DATA = {  # what modules read that isn't Python and isn't measured
     files.PACKAGE / "figures/published.py": files.ROOT / "data/published.toml",
     files.PACKAGE / "figures/claims.py": files.ROOT / "data/claims.toml",
@@ -146,9 +146,8 @@ def stage_key(stage: Stage, place: Place) -> dict:
 def changes(before: dict, now: dict) -> list[str]:
     """In words, which parts of a key differ."""
     said = []
-    for tag, start, end, new_start, new_end in difflib.SequenceMatcher(
-        None, before["cells"], now["cells"], autojunk=False
-    ).get_opcodes():
+    cells = difflib.SequenceMatcher(None, before["cells"], now["cells"], autojunk=False)
+    for tag, start, end, new_start, new_end in cells.get_opcodes():
         if tag != "equal":
             verb = "is new" if tag == "insert" else "changed"
             said += [f"cell {index + 1} {verb}" for index in range(new_start, new_end)]
@@ -183,44 +182,33 @@ def _literals(path: Path, tree: ast.Module) -> dict:
     values = {}
     for node in tree.body:
         match node:
-            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value) if _is_literal(value):
-                values[name] = ast.literal_eval(value)
-            case _:
-                line = ast.unparse(node).splitlines()[0]
-                raise InputError(f"{path}: the cell tagged parameters may hold `name = literal` only; got `{line}`")
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
+                with contextlib.suppress(ValueError):  # not a literal
+                    values[name] = ast.literal_eval(value)
+                    continue
+        line = ast.unparse(node).splitlines()[0]
+        raise InputError(f"{path}: the cell tagged parameters may hold `name = literal` only; got `{line}`")
     return values
-
-
-def _is_literal(node: ast.expr | None) -> bool:
-    try:
-        ast.literal_eval(node)
-    except ValueError:
-        return False
-    return True
 
 
 def _sources(trees: Iterable[ast.Module]) -> list[Path]:
     """The sat_lib files behind the imports of some cells, and data that they read.
 
-    That is the whole package where an import names no module of it.
+    That is all that notebooks may use where an import names no module of the package.
     """
-    every, found = modules(), set()
-    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
-        if isinstance(node, ast.Import):
-            named = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            named = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in named:
-            package, _, rest = name.partition(".")
-            if package == "sat_lib":
-                found |= _modules_of(PUBLIC.get(rest, rest), every)
+    modules = import_graph().modules - {"sat_lib"}
+    every = {module for module in modules if not module.startswith(NOT_A_PART)}
+    named, found = [], set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        match node:
+            case ast.Import(names):
+                named += [alias.name for alias in names]
+            case ast.ImportFrom(module, names):
+                named += [f"{module}.{alias.name}" for alias in names]
+    for package, _, rest in (name.partition(".") for name in named):
+        if package == "sat_lib":
+            name = f"sat_lib.{PUBLIC.get(rest, rest)}"
+            known = [one for one in (name, name.rpartition(".")[0]) if one in modules]
+            found |= set(known[:1]) or every
     sources = source_files(*found)
     return [*sources, *(data for reader, data in DATA.items() if reader in sources and data.exists())]
-
-
-def _modules_of(name: str, every: set[str]) -> set[str]:
-    """The module that a dotted name is, or is defined in; all that notebooks may use where it is neither."""
-    known = [one for one in (name, name.rpartition(".")[0]) if one in every]
-    return set(known[:1]) or {one for one in every if one.split(".")[0] not in NOT_A_PART}
