@@ -8,13 +8,14 @@
 describes maps in numbers.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import Polynomial
+from scipy.signal import find_peaks
 from torch import Tensor
 
 from .attention.layout import BlockLayout
@@ -164,17 +165,17 @@ def compare(attention: Tensor, choices: Mapping[str, Choice]) -> list[dict]:
     require(bool(sums[best.block].any()), "map: wanted attention above 0; all queries of this one are padding")
     records = []
     for name, (layout, reason) in choices.items():
-        record = {"pattern": name, "density": None, "mass_kept": None, "overlap": None, "empty_rows": None}
+        found = dict.fromkeys(("density", "mass_kept", "overlap", "empty_rows"))
         if layout is not None:
             if layout.block not in sums:
                 sums[layout.block] = block_sums(attention, layout.block)
-            record |= {
+            found = {
                 "density": layout.density,
                 "mass_kept": mass_kept(sums[layout.block], BlockLayout(layout.grid, 1)),  # its "entries" are blocks
                 "overlap": overlap(layout, best) if layout.block == best.block else None,
                 "empty_rows": layout.empty_rows,
             }
-        records.append(record | {"note": reason})
+        records.append({"pattern": name, **found, "note": reason})
     return records
 
 
@@ -207,29 +208,22 @@ def describe(maps: Tensor, real: Tensor | None = None) -> dict[str, Tensor]:
     count = real.sum(1).double()[:, None]  # (B, 1) real tokens
     mass = lambda where: (maps * where).sum((2, 3), dtype=torch.float64) / count
     share = lambda where, of: (where & of).sum((2, 3)).double() / of.sum((2, 3))
-    place = torch.arange(length, device=maps.device)
-    near = (place[:, None] - place).abs() <= 1
+    near = _distances(maps) <= 1
     every = queries.expand(-1, -1, -1, length)
     heads = torch.ones(1, maps.shape[1], 1, 1, dtype=torch.bool, device=maps.device)
+    top = []
+    for some, entries in zip(maps * queries, (count * length).flatten().tolist(), strict=True):
+        largest = some.flatten(1).topk(max(1, int(0.05 * entries))).values
+        top.append(largest.sum(1, dtype=torch.float64))
     return {
         "small_share": share(maps < 1 / (10 * length), every & heads),
         "small_share_real": share(maps < 1 / (10 * count)[:, :, None, None], both & heads),
-        "top5_mass": _top_mass(maps * queries, count * length, 0.05) / count,
+        "top5_mass": torch.stack(top) / count,
         "diagonal_mass": mass(both & near),
         "diagonal_share": share(near & heads, both & heads),
         "padding_mass": mass(queries & ~keys),
         "padding_share": (1 - count / length).expand(maps.shape[:2]),
     }
-
-
-def _top_mass(maps: Tensor, entries: Tensor, share: float) -> Tensor:
-    """Sum of the largest `share` of `entries` (B, 1) numbers of each map."""
-    return torch.stack(
-        [
-            some.flatten(1).topk(max(1, int(share * float(number)))).values.sum(1, dtype=torch.float64)
-            for some, number in zip(maps, entries, strict=True)
-        ]
-    )
 
 
 def stride_mass(maps: Tensor, width: int) -> tuple[Tensor, float]:
@@ -242,8 +236,7 @@ def stride_mass(maps: Tensor, width: int) -> tuple[Tensor, float]:
         Their share of the mass, and their share of the entries.
     """
     _check(maps, None)
-    place = torch.arange(maps.shape[-1], device=maps.device)
-    away = (place[:, None] - place).abs()
+    away = _distances(maps)
     strided = (away % width == 0) & (away > 0)
     mass = (maps * strided).sum((2, 3), dtype=torch.float64) / maps.sum((2, 3), dtype=torch.float64)
     return mass, float(strided.double().mean())
@@ -263,12 +256,8 @@ def offset_profile(maps: Tensor) -> Tensor:
     """Mean entry by distance between query and key, over batch and heads: (L,) float64, relative to the mean entry."""
     _check(maps, None)
     mean = maps.mean((0, 1), dtype=torch.float64)
-    length = len(mean)
-    profile = [
-        (mean.diagonal(offset).sum() + mean.diagonal(-offset).sum()) / (2 * (length - offset))
-        for offset in range(length)
-    ]
-    return torch.stack(profile) / mean.mean()
+    away = _distances(maps).flatten()
+    return away.bincount(mean.flatten()) / away.bincount() / mean.mean()
 
 
 def stride_peak(profile: Tensor, most: int | None = None) -> tuple[int, float]:
@@ -283,25 +272,23 @@ def stride_peak(profile: Tensor, most: int | None = None) -> tuple[int, float]:
     Returns:
         The lag and the correlation there; 0 and 0.0 where there is no peak above 0, or nothing but the parabola.
     """
-    half = profile[: len(profile) // 2].clamp(min=1e-12).log()  # further out few entries are left
+    half = profile[: len(profile) // 2].clamp(min=1e-12).log().cpu().numpy()  # further out few entries are left
     most = min(len(profile) // 4 if most is None else most, len(half) - 2)
-    place = torch.linspace(-1, 1, len(half), dtype=half.dtype, device=half.device)
-    basis = torch.stack([torch.ones_like(place), place, place**2], 1)
-    rest = half - basis @ torch.linalg.lstsq(basis, half[:, None]).solution[:, 0]
+    place = np.arange(len(half))
+    rest = torch.from_numpy(half - Polynomial.fit(place, half, 2)(place))
     if float(rest.std()) < 1e-6:  # rounding alone
         return 0, 0.0
-    correlation = torch.stack([_correlation(rest, lag) for lag in range(most + 2)])
-    best, height = 0, 0.0
-    for lag in range(2, most + 1):
-        if correlation[lag] > max(correlation[lag - 1], correlation[lag + 1], height):
-            best, height = lag, float(correlation[lag])
-    return best, height
+    shifted = [(rest[: len(rest) - lag], rest[lag:]) for lag in range(most + 2)]
+    correlation = [F.cosine_similarity(*pair, dim=0).item() for pair in shifted]
+    peaks, _ = find_peaks(correlation, height=0)
+    best = max(peaks, key=correlation.__getitem__, default=0)
+    return (int(best), correlation[best]) if best else (0, 0.0)
 
 
-def _correlation(values: Tensor, lag: int) -> Tensor:
-    first, second = values[: len(values) - lag], values[lag:]
-    scale = math.sqrt(float(first.square().sum() * second.square().sum()))
-    return (first * second).sum() / max(scale, 1e-300)
+def _distances(maps: Tensor) -> Tensor:
+    """(L, L): positions between query and key."""
+    place = torch.arange(maps.shape[-1], device=maps.device)
+    return (place[:, None] - place).abs()
 
 
 def _check(maps: Tensor, real: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from .. import datasets
 from ..attention.statistics import mass_kept
 from ..common import timing
 from ..common.errors import require
-from ..datasets.batches import batch_indices
+from ..datasets.batches import batch_indices, to_device
 from ..datasets.pairs import Pairs, load_pairs
 from ..datasets.tasks import task
 from .encoders import attention_maps, load_model, load_tokenizer, pixels
@@ -62,8 +62,8 @@ class FineTuning:
         require(self.attention in ("dense", "sat"), f"attention: wanted 'dense' or 'sat'; got {self.attention!r}")
         for name in ("epochs", "batch", "length", "train_examples", "test_examples"):
             value = getattr(self, name)
-            allowed = value is None if name.endswith("examples") else False
-            require(allowed or value >= 1, f"{name}: wanted at least 1; got {value}")
+            all_of_them = name.endswith("examples") and value is None
+            require(all_of_them or value >= 1, f"{name}: wanted at least 1; got {value}")
         share = self.switch_share
         require(share is None or 0 <= share < 1, f"switch_share: wanted 0 to below 1, or None; got {share}")
         require(self.rate > 0, f"rate: wanted more than 0; got {self.rate}")
@@ -95,9 +95,8 @@ class Images(NamedTuple):
     channels: int
 
     def batch(self, indices: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        tokens, labels = self.split.batch(indices)
-        images = pixels(torch.as_tensor(tokens).to(device), self.side, self.channels)
-        return {"pixel_values": images}, torch.as_tensor(labels).to(device, torch.int64)
+        tokens, labels = to_device(self.split, indices, device)
+        return {"pixel_values": pixels(tokens, self.side, self.channels)}, labels
 
     def __len__(self):
         return len(self.split)
@@ -124,11 +123,6 @@ def load_data(settings: FineTuning, model: nn.Module) -> tuple[Examples, Example
     splits, tokenizer = load_pairs(settings.data), load_tokenizer(settings.model)
     parts = [encode_pairs(tokenizer, part, settings.length) for part in (splits.train, splits.dev, splits.test)]
     return *parts, splits.provenance
-
-
-def class_count(settings: FineTuning) -> int:
-    """Number of classes of the data."""
-    return len(task(settings.data).classes) if settings.kind == "image" else 2
 
 
 @torch.no_grad()
@@ -164,7 +158,8 @@ class FineTuner:
     def __init__(self, settings: FineTuning, device: torch.device):
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, device
-        model = load_model(settings.model, settings.kind, class_count(settings), pretrained=settings.pretrained)
+        classes = len(task(settings.data).classes) if settings.kind == "image" else 2
+        model = load_model(settings.model, settings.kind, classes, pretrained=settings.pretrained)
         self.train, self.dev, self.test, self.provenance = load_data(settings, model)
         self.examples = min(len(self.train), settings.train_examples or len(self.train))
         self.chosen = np.random.default_rng(settings.seed).permutation(len(self.train))[: self.examples]
@@ -196,7 +191,10 @@ class FineTuner:
     def train_step(self, batch: tuple[dict[str, Tensor], Tensor] | None = None) -> dict:
         """One optimiser step; `batch` None takes the step's own. Returns step, phase, loss (a tensor), and in SAT's
         dense phase skewness and change_percent of every layer."""
-        inputs, labels = batch or self._batch()
+        if batch is None:
+            indices = batch_indices(self.examples, self.settings.batch, self.step, self.settings.seed)
+            batch = self.train.batch(self.chosen[indices], self.device)
+        inputs, labels = batch
         self.model.train()
         with self._autocast():
             logits = self.model(**inputs).logits.float()
@@ -214,10 +212,6 @@ class FineTuner:
             record["change_percent"] = [test.change_percent for test in self.sat.tests]
         self.step += 1
         return record
-
-    def _batch(self) -> tuple[dict[str, Tensor], Tensor]:
-        indices = batch_indices(self.examples, self.settings.batch, self.step, self.settings.seed)
-        return self.train.batch(self.chosen[indices], self.device)
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
@@ -271,18 +265,20 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _what_is_kept(tuner: FineTuner) -> dict:
-    """The layouts' blocks as 0 and 1, their density and the mass that they keep; None each without layouts."""
+    """The layouts' blocks as 0 and 1, their density and the mass that they keep; None each without layouts.
+
+    The mass is, by layer, the share of the attention of some test examples that dense attention would put in the kept
+    blocks; queries that are padding don't count.
+    """
     layouts = tuner.sat.layouts if tuner.sat else None
     if not layouts:
         return dict.fromkeys(("kept", "density_kept", "mass_kept"))
-    kept = [layout.grid.int().tolist() for layout in layouts]
-    return {"kept": kept, "density_kept": layouts[0].density, "mass_kept": _mass_kept(tuner)}
-
-
-def _mass_kept(tuner: FineTuner) -> list[float]:
-    """Share of the attention that dense attention would put in the kept blocks, of some test examples, by layer."""
     inputs, _ = tuner.test.batch(np.arange(min(16, len(tuner.test))), tuner.device)
     maps = attention_maps(tuner.model, inputs)
     if "attention_mask" in inputs:
-        maps = [layer * inputs["attention_mask"][:, None, :, None] for layer in maps]  # queries that are padding
-    return [mass_kept(layer.sum((0, 1)), layout) for layer, layout in zip(maps, tuner.sat.layouts, strict=True)]
+        maps = [layer * inputs["attention_mask"][:, None, :, None] for layer in maps]
+    return {
+        "kept": [layout.grid.int().tolist() for layout in layouts],
+        "density_kept": layouts[0].density,
+        "mass_kept": [mass_kept(layer.sum((0, 1)), layout) for layer, layout in zip(maps, layouts, strict=True)],
+    }

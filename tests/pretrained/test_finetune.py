@@ -108,9 +108,8 @@ def test_mass_kept_against_the_maps():
     tuner.train_step()
     inputs, _ = tuner.test.batch(np.arange(7), CPU)
     real = inputs["attention_mask"].bool()
-    for maps, layout, found in zip(
-        attention_maps(tuner.model, inputs), tuner.sat.layouts, finetune._mass_kept(tuner), strict=True
-    ):
+    said = finetune._what_is_kept(tuner)["mass_kept"]
+    for maps, layout, found in zip(attention_maps(tuner.model, inputs), tuner.sat.layouts, said, strict=True):
         kept = layout.entries(40)
         inside = sum(float(maps[b, h, q][kept[q]].sum()) for b, q in real.nonzero().tolist() for h in range(2))
         assert found == pytest.approx(inside / (2 * int(real.sum())), rel=1e-5)
