@@ -109,9 +109,9 @@ def choose(
     blocks = -(-length // block)
     top = lambda values: Choice(generate_layout(values, density, block))
     absent = "no sparsity parameter was trained here"
-    learned = (None, absent) if scores is None else resize_scores(scores, trained_block or block, block, length)
+    learned, why = (None, absent) if scores is None else resize_scores(scores, trained_block or block, block, length)
     return {
-        "learned": top(learned[0]) if learned[0] is not None else Choice(None, learned[1]),
+        "learned": Choice(None, why) if learned is None else top(learned),
         "best": top(block_sums(attention, block)),
         "window": top(nearness(blocks)),
         "bigbird": _bigbird(blocks, block, layer),
@@ -210,17 +210,16 @@ def describe(maps: Tensor, real: Tensor | None = None) -> dict[str, Tensor]:
     share = lambda where, of: (where & of).sum((2, 3)).double() / of.sum((2, 3))
     near = _distances(maps) <= 1
     every = queries.expand(-1, -1, -1, length)
-    heads = torch.ones(1, maps.shape[1], 1, 1, dtype=torch.bool, device=maps.device)
     top = []
     for some, entries in zip(maps * queries, (count * length).flatten().tolist(), strict=True):
         largest = some.flatten(1).topk(max(1, int(0.05 * entries))).values
         top.append(largest.sum(1, dtype=torch.float64))
     return {
-        "small_share": share(maps < 1 / (10 * length), every & heads),
-        "small_share_real": share(maps < 1 / (10 * count)[:, :, None, None], both & heads),
+        "small_share": share(maps < 1 / (10 * length), every),
+        "small_share_real": share(maps < 1 / (10 * count)[:, :, None, None], both),
         "top5_mass": torch.stack(top) / count,
         "diagonal_mass": mass(both & near),
-        "diagonal_share": share(near & heads, both & heads),
+        "diagonal_share": share(near, both).expand(maps.shape[:2]),
         "padding_mass": mass(queries & ~keys),
         "padding_share": (1 - count / length).expand(maps.shape[:2]),
     }
@@ -235,7 +234,7 @@ def stride_mass(maps: Tensor, width: int) -> tuple[Tensor, float]:
     Returns:
         Their share of the mass, and their share of the entries.
     """
-    _check(maps, None)
+    _check(maps)
     away = _distances(maps)
     strided = (away % width == 0) & (away > 0)
     mass = (maps * strided).sum((2, 3), dtype=torch.float64) / maps.sum((2, 3), dtype=torch.float64)
@@ -254,7 +253,7 @@ def patch_maps(maps: Tensor, width: int) -> Tensor:
 
 def offset_profile(maps: Tensor) -> Tensor:
     """Mean entry by distance between query and key, over batch and heads: (L,) float64, relative to the mean entry."""
-    _check(maps, None)
+    _check(maps)
     mean = maps.mean((0, 1), dtype=torch.float64)
     away = _distances(maps).flatten()
     return away.bincount(mean.flatten()) / away.bincount() / mean.mean()
@@ -291,7 +290,7 @@ def _distances(maps: Tensor) -> Tensor:
     return (place[:, None] - place).abs()
 
 
-def _check(maps: Tensor, real: Tensor | None) -> None:
+def _check(maps: Tensor, real: Tensor | None = None) -> None:
     require(
         maps.dim() == 4 and maps.shape[2] == maps.shape[3] and maps.numel() > 0,
         f"maps: wanted (B, H, L, L), none of them 0; got {tuple(maps.shape)}",

@@ -40,21 +40,19 @@ def time_calls(
     require(calls >= 1, f"calls: wanted at least 1; got {calls}")
     for _ in range(warm_up):
         call()
-    measure = _time_cuda if device.type == "cuda" else _time_cpu
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
     taken, start = [], time.perf_counter()
     while len(taken) < calls and (len(taken) < 3 or time.perf_counter() - start < seconds):
-        taken.append(measure(call, flush))
+        taken.append(_milliseconds(call, flush))
     return Timing(*np.quantile(taken, QUARTILES).tolist(), len(taken))
 
 
-def _time_cpu(call, _flush) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1000
-
-
-def _time_cuda(call, flush) -> float:
+def _milliseconds(call: Callable[[], object], flush: torch.Tensor | None) -> float:
+    """Time of one call: on a GPU by events, after `flush` has been written there; without it by the wall clock."""
+    if flush is None:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000
     for _ in range(FLUSHES):
         flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -15,9 +15,6 @@ from . import weights
 KINDS = ("image", "text")
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
 def load_model(name: str, kind: str, classes: int, *, pretrained: bool = True) -> nn.Module:
     """A classifier on a pretrained encoder, in float32, without dropout in the attention.
 

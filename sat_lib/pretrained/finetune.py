@@ -161,8 +161,8 @@ class FineTuner:
         classes = len(task(settings.data).classes) if settings.kind == "image" else 2
         model = load_model(settings.model, settings.kind, classes, pretrained=settings.pretrained)
         self.train, self.dev, self.test, self.provenance = load_data(settings, model)
-        self.examples = min(len(self.train), settings.train_examples or len(self.train))
-        self.chosen = np.random.default_rng(settings.seed).permutation(len(self.train))[: self.examples]
+        self.chosen = np.random.default_rng(settings.seed).permutation(len(self.train))[: settings.train_examples]
+        self.examples = len(self.chosen)
         self.steps = settings.epochs * (self.examples // settings.batch)
         require(self.steps > 0, f"batch: wanted at most the {self.examples} training examples; got {settings.batch}")
         self.model = model.to(device)
@@ -174,19 +174,20 @@ class FineTuner:
             chosen["switch_at"] = None if share is None else int(share * self.steps)
             example, _ = self.train.batch(np.arange(2), device)
             self.sat = SparseAttention(self.model, example, **chosen)
-        self._new_optimiser(settings.rate, first_step=0)
+        self._new_optimiser(settings.rate)
 
     @property
     def phase(self) -> str:
         """ "dense" or "sparse"."""
         return self.sat.phase if self.sat else "dense"
 
-    def _new_optimiser(self, rate: float, first_step: int) -> None:
+    def _new_optimiser(self, rate: float) -> None:
+        """For the step that comes next."""
         parameters = [*self.model.parameters(), *(self.sat.parameters() if self.sat else ())]
         self.optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=rate, weight_decay=0.01)
         steps, warm_up = self.steps, max(1, self.steps // 10)
         fall = lambda step: max(0.0, steps - step) / max(1, steps - warm_up)
-        self.schedule = rate_schedule(self.optimiser, warm_up, fall, first_step)
+        self.schedule = rate_schedule(self.optimiser, warm_up, fall, self.step)
 
     def train_step(self, batch: tuple[dict[str, Tensor], Tensor] | None = None) -> dict:
         """One optimiser step; `batch` None takes the step's own. Returns step, phase, loss (a tensor), and in SAT's
@@ -205,12 +206,12 @@ class FineTuner:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.schedule.step()
+        self.step += 1
         if self.sat and self.sat.phase == "dense":
             if self.sat.step():
-                self._new_optimiser(self.settings.rate / 2, first_step=self.step + 1)
+                self._new_optimiser(self.settings.rate / 2)
             record["skewness"] = [test.skewness for test in self.sat.tests]
             record["change_percent"] = [test.change_percent for test in self.sat.tests]
-        self.step += 1
         return record
 
     def _autocast(self):

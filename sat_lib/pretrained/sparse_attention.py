@@ -34,9 +34,6 @@ PATTERNS = ("learned", "pooled")
 NAME = "sat"  # among the attention implementations of transformers
 
 
-# ---- SAT -------------------------------------------------------------------------------------------------------------
-
-
 class SparseAttention(nn.Module):
     """Puts SAT into an encoder: dense with statistics, then block-sparse under one layout per layer.
 

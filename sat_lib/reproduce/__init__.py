@@ -4,10 +4,10 @@
     runs/<profile>/notebooks/<stage>.ipynb    the executed notebook (<stage>.failed.ipynb: the last failure)
     runs/<profile>/logs/<stage>.log           what it printed
 
-torch, papermill and pandas are imported where a stage has to run alone, so it takes a second to find that everything is
-up to date. The state of a stage is written when it ends: doit, which could run the stages, writes all
-states when the command ends, and a kill would lose them. stages: what a stage is made of, and whether that changed;
-notebook: one of them executed; documents: the tables that README and REPRODUCE quote.
+torch and papermill are imported by the stages' own processes alone, pandas besides once a stage has run, so it takes a
+second to find that everything is up to date. The state of a stage is written when it ends: doit, which could run the
+stages, writes all states when the command ends, and a kill would lose them. stages: what a stage is made of, and
+whether that changed; notebook: one of them executed; documents: the tables that README and REPRODUCE quote.
 """
 
 import itertools
