@@ -87,9 +87,8 @@ class SparseAttention(nn.Module):
         self._seen: dict[int, AttentionStatistics] = {}
         self._model = (model,)  # in a tuple its parameters don't become ours
         self._places: dict[nn.Module, int] = {}  # attention module -> layer, in the order in which they are called
-        self._before = _attach(self, model)
+        self._before = _attach(self, model, inputs)
         try:
-            _check_length(model, inputs)
             with torch.no_grad(), evaluating(model):
                 model(**inputs)  # the layers' places are then known, and their sizes
             name = type(model).__name__
@@ -201,7 +200,7 @@ OWNER = "sat_lib_owner"  # where a module keeps its SparseAttention: in its __di
 HARMLESS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch")
 
 
-def _attach(sat: SparseAttention, model: nn.Module) -> str:
+def _attach(sat: SparseAttention, model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
     """Let the model call `sat` for its attention; returns the implementation that it had."""
     name = type(model).__name__
     require(
@@ -212,6 +211,13 @@ def _attach(sat: SparseAttention, model: nn.Module) -> str:
     require(
         not any(OWNER in module.__dict__ for module in model.modules()),
         f"model: this {name} has SAT already; detach() that one first",
+    )
+    positions, tokens = getattr(model.config, "max_position_embeddings", None) or 0, inputs.get("input_ids")
+    length = 0 if tokens is None else tokens.shape[-1]
+    require(
+        positions <= 0 or length <= positions,
+        f"input_ids: the model has {positions} positions; got {length} tokens. Cut them off: "
+        f"tokenizer(..., truncation=True, max_length={positions})",
     )
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -267,14 +273,3 @@ def _padding_mask(mask_function, attention_mask: Tensor | None = None, **_) -> T
         "model: wanted an encoder in which every token sees every other; this one is causal or windowed",
     )
     return None if attention_mask is None else attention_mask.bool()
-
-
-def _check_length(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Raise InputError where token ids are longer than the model's positions, instead of an error in its embedding."""
-    positions, tokens = getattr(model.config, "max_position_embeddings", None) or 0, inputs.get("input_ids")
-    length = 0 if tokens is None else tokens.shape[-1]
-    require(
-        positions <= 0 or length <= positions,
-        f"input_ids: the model has {positions} positions; got {length} tokens. Cut them off: "
-        f"tokenizer(..., truncation=True, max_length={positions})",
-    )

@@ -24,24 +24,20 @@ from ..common.errors import require
 from . import notebook
 from .stages import Place, Stage, environment, stage_key
 
+Names = tuple[str, ...]
 PROFILES = ("smoke", "paper")
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # names that files.atomic_path gives
 
 
 def _figure(
-    name: str,
-    look: str,
-    minutes: float,
-    *tables: str,
-    figures: tuple[str, ...] = (),
-    experiments: tuple[str, ...] = (),
+    name: str, look: str, minutes: float, tables: Names = (), figures: Names = (), experiments: Names = ()
 ) -> Stage:
     """A notebook that draws a figure of its own name, others besides, and tables, from the rows of experiments."""
     rows = tuple(f"data/results/{experiment}.jsonl" for experiment in experiments or (name[3:],))
     return Stage(name, _outputs((name, *figures), tables), look, minutes, rows=rows)
 
 
-def _outputs(figures: tuple[str, ...], tables: tuple[str, ...]) -> tuple[str, ...]:
+def _outputs(figures: Names, tables: Names) -> Names:
     """The files of some figures and tables."""
     drawn = [f"{figure}.{kind}" for figure in figures for kind in ("pdf", "png", "csv", "json")]
     return (*drawn, *(f"{table}.{kind}" for table in tables for kind in ("csv", "md")))
@@ -53,7 +49,7 @@ STAGES = (
         "Attention maps of a ViT and a BERT while they are fine-tuned: many entries near 0, the rhythm of the patch "
         "grid in images, a thick diagonal in text; the untrained models' maps are nearly even but for padding.",
         0.5,
-        "01_motivation_table",
+        tables=("01_motivation_table",),
     ),
     _figure(
         "02_training",
@@ -66,8 +62,7 @@ STAGES = (
         "SAT beside the other attentions and the published means of five runs (published: SAT first on AG News and "
         "Yelp, Longformer first on CIFAR-10 and iNaturalist).",
         3.5,
-        "03_accuracy_table",
-        "03_accuracy_short_table",
+        tables=("03_accuracy_table", "03_accuracy_short_table"),
         figures=("03_accuracy_short",),
         experiments=("accuracy", "accuracy_short"),
     ),
@@ -75,7 +70,7 @@ STAGES = (
         "04_step_time",
         "Time of a training step by method (published: BigBird takes 2.45 to 2.84 times as long as SAT).",
         0.5,
-        "04_step_time_table",
+        tables=("04_step_time_table",),
         experiments=("step",),
     ),
     _figure(
@@ -83,7 +78,7 @@ STAGES = (
         "Which dense operation takes longest, and which gains (published: the softmax, 37.3 times; SDDMM 1.6, "
         "SpMM 2.3).",
         0.25,
-        "kernels",
+        tables=("kernels",),
         experiments=("kernels",),
     ),
     _figure(
@@ -93,10 +88,7 @@ STAGES = (
         "With one seed of small runs all layouts are within noise of each other; at the paper's scale those that hold "
         "most attention are the least accurate on CIFAR-10.",
         1.5,
-        "06_ablations_table",
-        "06_switch_table",
-        "06_diagnosis_table",
-        "06_best_table",
+        tables=("06_ablations_table", "06_switch_table", "06_diagnosis_table", "06_best_table"),
         figures=("06_changes", "06_diagnosis"),
         experiments=("ablations", "diagnosis", "best", "accuracy", "accuracy_short"),
     ),
@@ -106,8 +98,7 @@ STAGES = (
         "SAT with its kept blocks; memory against both dense kinds (published: up to 6.87 times less). And the "
         "throughput of several processes that train one model.",
         0.75,
-        "07_data_parallel_table",
-        "07_data_parallel_runs",
+        tables=("07_data_parallel_table", "07_data_parallel_runs"),
         figures=("07_data_parallel",),
         experiments=("kernels", "data_parallel"),
     ),
@@ -123,8 +114,7 @@ STAGES = (
         "Test accuracy of pretrained models fine-tuned dense and with SAT, by density, and the time of a step "
         "(published: SAT also serves for fine-tuning; no numbers).",
         1.5,
-        "09_finetuning_table",
-        "09_finetuning_steps",
+        tables=("09_finetuning_table", "09_finetuning_steps"),
         experiments=("finetuning", "pretrained_step"),
     ),
     Stage(
@@ -142,7 +132,7 @@ STAGES = (
 
 def run(
     profile: str = "smoke",
-    only: tuple[str, ...] = (),
+    only: Names = (),
     force: bool = False,
     dry_run: bool = False,
     draw_only: bool = False,
