@@ -19,14 +19,13 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import submitit
 import torch
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env, environment_variables
+from submitit import helpers
 
 from .. import datasets, experiments
 from ..common import distributed, files
@@ -36,7 +35,7 @@ from ..common.sources import source_digest
 from ..datasets.pairs import load_pairs
 from ..training.recipe import case_config
 from . import training
-from .row_files import Context, append_once, describe
+from .row_files import Context, RowFile, append_once, describe
 
 CLUSTERS = ("slurm", "local", "debug")
 POLL_SECONDS = {"slurm": 15.0, "local": 0.5}
@@ -60,21 +59,15 @@ class Launch:
     wait: bool = True  # False leaves the jobs to SLURM
 
     def __post_init__(self):
-        cluster, processes, parallel = self.cluster, self.processes, self.parallel
+        cluster, processes, parallel, here = self.cluster, self.processes, self.parallel, self.cluster != "slurm"
         require(cluster in CLUSTERS, f"cluster: wanted one of {CLUSTERS}; got {cluster!r}")
         require(_counts(processes), f"processes: wanted 1 or more that train a model; got {processes!r}")
         require(parallel is None or _counts(parallel), f"parallel: wanted 1 or more jobs at a time; got {parallel!r}")
-        if cluster == "slurm":
-            return
-        require(not self.slurm, f"slurm: {self.slurm} is for --cluster slurm; got {cluster!r}")
-        require(
-            self.wait,
-            f"no-wait: only SLURM keeps jobs that wait for their turn; with --cluster {cluster} this command does",
-        )
-        require(
-            cluster == "local" or processes == 1,
-            f"processes: --cluster debug runs jobs in this process alone; got {processes}. Use --cluster local",
-        )
+        require(not (here and self.slurm), f"slurm: {self.slurm} is for --cluster slurm; got {cluster!r}")
+        who = f"only SLURM keeps jobs that wait for their turn; with --cluster {cluster} this command does"
+        require(self.wait or not here, f"no-wait: {who}")
+        alone = f"--cluster debug runs jobs in this process alone; got {processes}. Use --cluster local"
+        require(cluster != "debug" or processes == 1, f"processes: {alone}")
 
 
 def _counts(value) -> bool:
@@ -82,47 +75,43 @@ def _counts(value) -> bool:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a job does: measure cases and append their rows. submitit calls it in each process of the job."""
+class Job(helpers.Checkpointable):
+    """What a job does: measure cases and append their rows. submitit calls it in each process of the job.
+
+    When SLURM stops it, submitit submits the same again: the checkpoint is in the run's folder.
+    """
 
     work: str  # what is measured; two jobs of the same work never run at once
     experiment: str
     cases: tuple[dict, ...]
-    profile: str
-    device: str
+    context: Context  # its device is of the kind that is wanted, its code of when the job was made
     launch: Launch
-    root: Path
-    code: str  # digest of the source text when the job was made
     gpus: tuple[int, ...] = ()  # of this machine, that a local job has for itself
 
     def __call__(self) -> None:
         cluster = self.launch.cluster
         if cluster == "local" and submitit.JobEnvironment().global_rank == 0:
-            lock = _lock(submitit.JobEnvironment().paths)
+            lock = _lock(submitit.JobEnvironment().paths.folder)
             _held_to_the_end.enter_context(files.lock(lock, self.work, wait=True, quiet=True))
         if self.launch.processes > 1:
-            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        with distributed.joined(pick_device(self.device)) as device:
-            context = Context(self.profile, device, self.root, source_digest("sat_lib.experiments"))
+            helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        with distributed.joined(pick_device(self.context.device.type)) as device:
+            context = replace(self.context, device=device, code=source_digest("sat_lib.experiments"))
             require(
-                self.profile == "paper" or context.code == self.code,
+                context.profile == "paper" or context.code == self.context.code,
                 "the source text changed since this job was submitted, and smoke rows count for one text alone. "
                 "Run the same command again",
             )
             name, first = device_name(device), distributed.rank() == 0
             if first:
-                known, row = _folder(self) / "devices.jsonl", {"cluster": cluster, "device": name}
+                known, row = _folder(context) / "devices.jsonl", {"cluster": cluster, "device": name}
                 append_once(known, row, lambda: row in files.read_rows(known))
             # from this very device, which the command that submits may not have known
-            todo = experiments.unmeasured(self.experiment, list(self.cases), context, {name})
+            todo = RowFile.of(self.experiment, context).missing(self.cases, {name})
             for case in distributed.from_first(todo):
                 if first:
                     print(f"{self.experiment}: {describe(case)}", flush=True)
                 experiments.measure_case(self.experiment, case, context)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again when SLURM stops a job: the same; the checkpoint is in the run's folder."""
-        return DelayedSubmission(self)
 
 
 def sweep(
@@ -156,40 +145,42 @@ def sweep(
         "torchrun or srun, with --processes N",
     )
     require(device in ("auto", "cpu", "cuda"), f"device: wanted auto, cpu or cuda, jobs choose which; got {device!r}")
+    absent = ", ".join(program for program in SLURM_PROGRAMS if shutil.which(program) is None)
+    require(
+        here or not absent,
+        f"cluster: slurm wants SLURM's programs; {absent} not found on PATH. Call this on a machine that submits to "
+        "SLURM, or use --cluster local",
+    )
+    there = device if here else "cpu"  # the nodes may have what this machine hasn't
+    context, wanted = experiments.select(name, profile, device=there, only=only, root=Path(root).absolute())
     if not here:
-        missing = ", ".join(program for program in SLURM_PROGRAMS if shutil.which(program) is None)
-        require(
-            not missing,
-            f"cluster: slurm wants SLURM's programs; {missing} not found on PATH. Call this on a machine that submits "
-            "to SLURM, or use --cluster local",
-        )
-        device = "cuda" if device == "auto" else device  # of the nodes, which may have what this machine hasn't
-    context, wanted = experiments.select(name, profile, device=device if here else "cpu", only=only, root=root)
-    todo = experiments.unmeasured(name, wanted, context, _devices(context, launch.cluster))
-    jobs = _jobs(name, todo, context, device, launch)
-    if not jobs:
+        context = replace(context, device=torch.device("cuda" if device == "auto" else device))
+    todo = _unmeasured(name, wanted, context, launch)
+    if not todo:
         print(f"{name}: each of {len(wanted)} cases has its row")
         return 0
+    jobs = _jobs(name, todo, context, launch)
     _prepare(todo)
     if launch.cluster != "debug":
-        return _Sweep(jobs, context).run()
+        return _Sweep(jobs).run()
     for job in jobs:  # one that fails ends in the debugger, as is submitit's way
-        submitit.DebugExecutor(_folder(job) / "logs" / "%j").submit(job).results()
+        submitit.DebugExecutor(_folder(context) / "logs" / "%j").submit(job).results()
     return 0
 
 
-def _folder(of: Context | Job) -> Path:
-    return of.root.absolute() / "runs" / of.profile / "sweep"
+def _folder(context: Context) -> Path:
+    return context.root / "runs" / context.profile / "sweep"
 
 
-def _devices(context: Context, cluster: str) -> set[str]:
-    """Whose rows count: the devices that jobs ran on before, and this machine's where jobs run here."""
+def _unmeasured(name: str, cases: Iterable[dict], context: Context, launch: Launch) -> list[dict]:
+    """Cases without a row from a device that jobs ran on before, or from this machine's where jobs run here."""
     stored = files.read_rows(_folder(context) / "devices.jsonl")
-    here = set() if cluster == "slurm" else {device_name(context.device)}
-    return here | {row["device"] for row in stored if row["cluster"] == cluster}
+    here = set() if launch.cluster == "slurm" else {device_name(context.device)}
+    devices = here | {row["device"] for row in stored if row["cluster"] == launch.cluster}
+    return RowFile.of(name, context).missing(cases, devices)
 
 
-def _jobs(name: str, cases: list[dict], context: Context, device: str, launch: Launch) -> list[Job]:
+def _jobs(name: str, cases: list[dict], context: Context, launch: Launch) -> list[Job]:
     """A job for each case, or for all cases of one training run: two jobs can't train in one folder at a time."""
     works: dict[str, list[dict]] = {}
     for case in cases:
@@ -201,8 +192,7 @@ def _jobs(name: str, cases: list[dict], context: Context, device: str, launch: L
         )
         work = f"{name}/{files.digest(case)}" if folder is None else str(folder.relative_to(context.root))
         works.setdefault(work, []).append(case)
-    more = (context.profile, device, launch, context.root.absolute(), context.code)
-    return [Job(work, name, tuple(some), *more) for work, some in works.items()]
+    return [Job(work, name, tuple(some), context, launch) for work, some in works.items()]
 
 
 def _prepare(cases: list[dict]) -> None:
@@ -217,111 +207,100 @@ def _prepare(cases: list[dict]) -> None:
 # ---- starting jobs, and whether they live ----------------------------------------------------------------------------
 
 
-def _lock(paths: submitit.core.utils.JobPaths) -> Path:
-    """What the first process of a local job holds until it ends."""
-    return paths.folder / f"lock-{socket.gethostname()}"
+def _lock(folder: Path) -> Path:
+    """What the first process of a local job holds until it ends, in the job's folder."""
+    return folder / f"lock-{socket.gethostname()}"
 
 
-def _lives(job: submitit.Job) -> bool:
+def _lives(handle: submitit.Job) -> bool:
     """As SLURM tells, or the process that this command started, or the lock of a job that another command did."""
-    return not job.done() or files.locked(_lock(job.paths))
+    return not handle.done() or files.locked(_lock(handle.paths.folder))
 
 
-def _living(folder: Path, cluster: str, wanted: Container[str]) -> dict[str, tuple[Job, submitit.Job]]:
-    """Work -> its job that lives, and as submitit knows it, whichever command started it.
-
-    Raises:
-        InputError: SLURM doesn't say of a wanted work's job; submitit takes that for a yes.
-    """
+def _living(folder: Path, cluster: str) -> dict[str, submitit.Job]:
+    """Work -> its job that lives, whichever command started it."""
     kind, newest = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob, {}
     for logs in sorted(folder.glob("logs/*/"), key=lambda path: path.stat().st_mtime_ns):
         with contextlib.suppress(OSError, ImportError, AttributeError):  # no job, or of an earlier text of this package
-            job = DelayedSubmission.load(logs / f"{logs.name}_submitted.pkl").function
+            job = helpers.DelayedSubmission.load(logs / f"{logs.name}_submitted.pkl").function
             if job.launch.cluster == cluster:
-                newest[job.work] = job, kind(folder / "logs" / "%j", logs.name, range(job.launch.processes))
-    living = {work: (job, handle) for work, (job, handle) in newest.items() if _lives(handle)}
-    for work, (_, handle) in living.items():
-        require(
-            handle.get_info("standard") or work not in wanted,
-            f"sacct: SLURM doesn't say whether job {handle.job_id} lives. Jobs go on; call the same command later, or, "
-            f"if it is known to be no more, delete {handle.paths.folder}",
-        )
-    return living
+                newest[job.work] = kind(logs, logs.name, range(job.launch.processes))
+    return {work: handle for work, handle in newest.items() if _lives(handle)}
 
 
-def _start_here(jobs: list[Job], others: list[Job]) -> Iterator[submitit.Job]:
+def _start_here(jobs: list[Job], others: Collection[submitit.Job]) -> list[submitit.Job]:
     """Start the first jobs as processes of this machine, as many as there is room for beside the others."""
-    launch, used = jobs[0].launch, {gpu for job in others for gpu in job.gpus}
-    slots = _slots(launch, jobs[0].device)
-    free = [slot for slot in slots if not used.intersection(slot)][: max(0, len(slots) - len(others))]
+    context, launch = jobs[0].context, jobs[0].launch
+    slots, used = _slots(context.device, launch), {gpu for other in others for gpu in other.submission().function.gpus}
+    free = [slot for slot in slots if used.isdisjoint(slot)][: max(0, len(slots) - len(others))]
     together = len(slots) * launch.processes  # with more threads than cores all spend their time waiting
     given = together == 1 or "OMP_NUM_THREADS" in os.environ
     threads = {} if given else {"OMP_NUM_THREADS": max(1, len(os.sched_getaffinity(0)) // together)}
+    handles, executor = [], submitit.LocalExecutor(_folder(context) / "logs" / "%j")
     for job, gpus in zip(jobs, free, strict=False):
-        executor = submitit.LocalExecutor(_folder(job) / "logs" / "%j", max_num_timeout=TIME_OUTS)
         executor.update_parameters(
             timeout_min=A_YEAR, tasks_per_node=launch.processes, gpus_per_node=len(gpus), visible_gpus=gpus
         )
-        with environment_variables(**threads):
-            handle = executor.submit(replace(job, gpus=gpus))
-        yield handle
+        with helpers.environment_variables(**threads):
+            handles.append(executor.submit(replace(job, gpus=gpus)))
+    while not all(handle.done() or files.locked(_lock(handle.paths.folder)) for handle in handles):
+        time.sleep(0.1)  # until other commands see that they live
+    return handles
 
 
-def _slots(launch: Launch, device: str) -> list[tuple[int, ...]]:
+def _slots(device: torch.device, launch: Launch) -> list[tuple[int, ...]]:
     """The GPUs of each job that may run on this machine at a time; none each on a CPU."""
-    if pick_device(device).type != "cuda":
+    if device.type != "cuda":
         return [()] * (launch.parallel or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    try:
-        gpus, each = [int(number) for number in visible.split(",")], launch.processes
-    except ValueError as error:
-        wanted = f"wanted numbers, such as 0,1; got {visible!r}. Give the GPUs by number"
-        raise InputError(f"CUDA_VISIBLE_DEVICES: {wanted}") from error
-    number = launch.parallel or max(1, len(gpus) // each)
+    numbers, each = visible.replace(" ", "").split(","), launch.processes
+    wanted = f"wanted numbers, such as 0,1; got {visible!r}. Give the GPUs by number"
+    require(all(map(str.isdecimal, numbers)), f"CUDA_VISIBLE_DEVICES: {wanted}")
+    jobs = launch.parallel or max(1, len(numbers) // each)
     require(
-        number * each <= len(gpus),
-        f"parallel, processes: wanted no more than this machine's {len(gpus)} GPUs; got {number} jobs of {each}",
+        jobs * each <= len(numbers),
+        f"parallel, processes: wanted no more than this machine's {len(numbers)} GPUs; got {jobs} jobs of {each}",
     )
-    return [tuple(gpus[at * each : (at + 1) * each]) for at in range(number)]
+    return [tuple(map(int, numbers[at : at + each])) for at in range(0, jobs * each, each)]
 
 
-def _submit(jobs: list[Job], _others: list[Job]) -> list[submitit.Job]:
+def _submit(jobs: list[Job]) -> list[submitit.Job]:
     """Submit all jobs to SLURM, as one array."""
-    launch, logs = jobs[0].launch, _folder(jobs[0]) / "logs" / "%j"
-    executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=TIME_OUTS)
+    context, launch = jobs[0].context, jobs[0].launch
+    parameters = slurm_parameters(jobs[0].experiment, launch, context.device.type)
+    executor = submitit.AutoExecutor(_folder(context) / "logs" / "%j", "slurm", slurm_max_num_timeout=TIME_OUTS)
     where = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     inside = "SLURM_JOB_ID" in os.environ  # of a job, whose variables its own jobs would take for theirs
     try:
-        executor.update_parameters(**slurm_parameters(jobs[0].experiment, launch, jobs[0].device))
-        with clean_env() if inside else contextlib.nullcontext(), environment_variables(**where):
+        executor.update_parameters(**parameters)
+        with helpers.clean_env() if inside else contextlib.nullcontext(), helpers.environment_variables(**where):
             return executor.submit_array(jobs)
     except (NameError, AssertionError, ValueError) as error:
         raise InputError(f"slurm: {str(error).partition(chr(10))[0]}; got {launch.slurm}") from error
-    except (FailedJobError, FailedSubmissionError) as error:
+    except RuntimeError as error:
         raise InputError(f"slurm: sbatch refused the jobs: {str(error).strip()}") from error
 
 
 def slurm_parameters(name: str, launch: Launch, device: str) -> dict:
     """The arguments of submitit's AutoExecutor for a job of `launch.processes` processes on one machine."""
-    given, several = {key.replace("-", "_"): value for key, value in launch.slurm.items()}, launch.processes > 1
-    gpus = device != "cpu" and not given.keys() & {"gres", "gpus_per_node", "gpus_per_task", "num_gpus"}
-    parameters = {
-        "name": f"sat_lib-{name}",
-        "timeout_min": given.pop("time", DEFAULT_MINUTES),
-        "nodes": 1,
-        "tasks_per_node": launch.processes,
-        "cpus_per_task": given.pop("cpus", None),
-        "mem_gb": given.pop("mem") if isinstance(given.get("mem"), int | float) else None,
-        "gpus_per_node": launch.processes if gpus else None,
-        "slurm_array_parallelism": launch.parallel,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"] if several else None,  # the others would wait for one that failed
-    }
-    minutes = parameters["timeout_min"]
+    given = {key.replace("-", "_"): value for key, value in launch.slurm.items()}
+    minutes = given.pop("time", DEFAULT_MINUTES)
     require(_counts(minutes), f"slurm: wanted time as whole minutes, such as time=120; got {minutes!r}")
+    parameters = {"name": f"sat_lib-{name}", "timeout_min": minutes, "nodes": 1, "tasks_per_node": launch.processes}
+    if device != "cpu" and not given.keys() & {"gres", "gpus_per_node", "gpus_per_task", "num_gpus"}:
+        parameters["gpus_per_node"] = launch.processes
+    if launch.parallel:
+        parameters["slurm_array_parallelism"] = launch.parallel
+    if launch.processes > 1:  # the others would wait for one that failed
+        parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1"]
+    if "cpus" in given:
+        parameters["cpus_per_task"] = given.pop("cpus")
+    if isinstance(given.get("mem"), int | float):
+        parameters["mem_gb"] = given.pop("mem")
     for key, value in given.items():
         lines = key in ("setup", "teardown", "srun_args") and isinstance(value, str)  # submitit takes lists of them
         parameters[f"slurm_{key}"] = [value] if lines else value
-    return {key: value for key, value in parameters.items() if value is not None}
+    return parameters
 
 
 # ---- watching them ---------------------------------------------------------------------------------------------------
@@ -330,12 +309,11 @@ def slurm_parameters(name: str, launch: Launch, device: str) -> dict:
 class _Sweep:
     """The jobs of one command: waiting for their turn, alive, or ended, which their rows tell."""
 
-    def __init__(self, jobs: list[Job], context: Context):
-        self.context, self.launch, self.experiment = context, jobs[0].launch, jobs[0].experiment
-        self.waiting = {job.work: job for job in jobs}
-        self.alive: dict[str, submitit.Job] = {}
-        self.cases = {job.work: list(job.cases) for job in jobs}
-        self.done = self.failed = self.left = 0  # cases
+    def __init__(self, jobs: list[Job]):
+        self.context, self.launch, self.experiment = jobs[0].context, jobs[0].launch, jobs[0].experiment
+        self.cases = {job.work: job.cases for job in jobs}
+        self.waiting, self.alive, self.left = jobs, {}, False
+        self.done = self.failed = 0  # cases
         self.failures: list[str] = []
         self.said = ""
 
@@ -344,11 +322,7 @@ class _Sweep:
         try:
             self._start()
             self._report()
-            if not self.launch.wait:
-                logs = _folder(self.context) / "logs"
-                print(f"left to SLURM, logs in {logs}; the same command without --no-wait watches them")
-                return 0
-            while self.alive or self.waiting:
+            while self.launch.wait and (self.alive or self.waiting):
                 time.sleep(POLL_SECONDS[self.launch.cluster])
                 self._look()
                 self._start()
@@ -356,82 +330,87 @@ class _Sweep:
         except KeyboardInterrupt:
             print(f"\n{self._stop()}", flush=True)
             return 130
-        print("\n".join(self.failures), end="\n" if self.failures else "", flush=True)
+        if not self.launch.wait:
+            logs = _folder(self.context) / "logs"
+            print(f"left to SLURM, logs in {logs}; the same command without --no-wait watches them")
+            return 0
+        for line in self.failures:
+            print(line, flush=True)
         return 1 if self.failures or self.left else 0
 
     def _start(self) -> None:
         """Start waiting jobs that there is room for. Other commands wait meanwhile, so none starts the same work."""
         if not self.waiting:
             return
-        folder, here = _folder(self.context), self.launch.cluster == "local"
-        with files.lock(folder / "lock", "starting jobs", wait=True, quiet=True):
-            living = _living(folder, self.launch.cluster, self.waiting)
-            for work in [work for work in self.waiting if work not in living]:
-                if files.locked(self.context.root / work / "lock"):
-                    print(f"left to another process that trains in {self.context.root / work}", flush=True)
-                    self.left += len(self.waiting.pop(work).cases)
-            self.alive |= {work: handle for work, (_, handle) in living.items() if work in self.waiting}
-            jobs = [job for work, job in self.waiting.items() if work not in living]
-            others = [job for job, _ in living.values()]
-            handles = (_start_here if here else _submit)(jobs, others) if jobs else ()
-            self.alive |= {job.work: handle for job, handle in zip(jobs, handles, strict=False)}
-            self.waiting = {work: job for work, job in self.waiting.items() if work not in self.alive}
-            while here and not all(job.done() or files.locked(_lock(job.paths)) for job in self.alive.values()):
-                time.sleep(0.1)  # until other commands see that they live
+        new, handles = [], []
+        with files.lock(_folder(self.context) / "lock", "starting jobs", wait=True, quiet=True):
+            living = _living(_folder(self.context), self.launch.cluster)
+            for job in self.waiting:
+                handle, folder = living.get(job.work), self.context.root / job.work
+                if handle:
+                    require(  # submitit takes its silence for a yes
+                        handle.get_info("standard"),
+                        f"sacct: SLURM doesn't say whether job {handle.job_id} lives. Jobs go on; call the same "
+                        f"command later, or, if it is known to be no more, delete {handle.paths.folder}",
+                    )
+                    self.alive[job.work] = handle
+                elif files.locked(folder / "lock"):
+                    print(f"left to another process that trains in {folder}", flush=True)
+                    self.left = True
+                else:
+                    new.append(job)
+            if new:
+                handles = _start_here(new, living.values()) if self.launch.cluster == "local" else _submit(new)
+        self.alive |= {job.work: handle for job, handle in zip(new, handles, strict=False)}
+        self.waiting = new[len(handles) :]
 
     def _look(self) -> None:
         """See which jobs live, and judge those that ended by their rows."""
         submitit.SlurmJob.watcher.update()
-        for work, job in list(self.alive.items()):
-            if _lives(job):
-                continue
-            del self.alive[work]
-            cases, devices = self.cases[work], _devices(self.context, self.launch.cluster)
-            missing = experiments.unmeasured(self.experiment, cases, self.context, devices)
+        for work in [work for work, handle in self.alive.items() if not _lives(handle)]:
+            handle, cases = self.alive.pop(work), self.cases[work]
+            missing = _unmeasured(self.experiment, cases, self.context, self.launch)
             self.done += len(cases) - len(missing)
             self.failed += len(missing)
             self.failures += [f"failed: {describe(case)}" for case in missing]
-            self.failures += [_why(job)] if missing else []
+            self.failures += [_why(handle)] if missing else []
 
     def _report(self) -> None:
         """One line, when it says something new."""
-        counts = {"pending": sum(len(job.cases) for job in self.waiting.values()), "running": 0}
-        for work, job in self.alive.items():
-            waits = job.state.startswith(("PENDING", "REQUEUE", "UNKNOWN"))  # unknown: SLURM took it just now
-            counts["pending" if waits else "running"] += len(self.cases[work])
-        counts |= {"done": self.done, "failed": self.failed}
-        line = f"{self.experiment}: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+        # unknown: SLURM took it just now
+        queued = [work for work, job in self.alive.items() if job.state.startswith(("PENDING", "REQUEUE", "UNKNOWN"))]
+        pending = sum(len(self.cases[work]) for work in [*queued, *(job.work for job in self.waiting)])
+        running = sum(len(self.cases[work]) for work in self.alive.keys() - queued)
+        line = f"{self.experiment}: {pending} pending, {running} running, {self.done} done, {self.failed} failed"
         if line != self.said:
             print(line, flush=True)
         self.said = line
 
     def _stop(self) -> str:
         """End the jobs on this machine; what to tell the user."""
+        handles = self.alive.values()
         if self.launch.cluster == "slurm":
-            numbers = " ".join(sorted({job.job_id.partition("_")[0] for job in self.alive.values()}))
+            numbers = " ".join(sorted({handle.job_id.partition("_")[0] for handle in handles}))
             return f"the jobs go on under SLURM and the same command watches them again; to end them: scancel {numbers}"
-        self._wait_for_end(TERMINAL_SECONDS)
-        for job in filter(_lives, self.alive.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(job.job_id), signal.SIGINT)  # its number is that of the process that started the others
-        self._wait_for_end(10.0)
+        for seconds in (TERMINAL_SECONDS, 10.0):
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and any(map(_lives, handles)):
+                time.sleep(0.1)
+            for handle in filter(_lives, handles):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(handle.job_id), signal.SIGINT)  # to the process that started those of the job
         return "stopped, with the jobs on this machine; the same command goes on from their last checkpoints"
 
-    def _wait_for_end(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and any(map(_lives, self.alive.values())):
-            time.sleep(0.1)
 
-
-def _why(job: submitit.Job) -> str:
+def _why(handle: submitit.Job) -> str:
     """The last line of a failed job's error and the path of its log: of the process that failed first."""
-    folder, errors = job.paths.folder, []
-    for path in sorted(folder.glob("*_result.pkl"), key=lambda path: path.stat().st_mtime_ns):
-        outcome, text = pickle.loads(path.read_bytes())
-        errors += [(path.name.removesuffix("_result.pkl"), text)] if outcome == "error" else []
-    process, text = errors[0] if errors else (f"{job.job_id}_0", "")
-    log = folder / f"{process}_log.err"
-    if not errors and log.exists():
+    log, how, text = handle.paths.stderr, "killed, or ended without a result: ", ""
+    if log.exists():
         text = log.read_text(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it printed nothing"]
-    return f"    {'' if errors else 'killed, or ended without a result: '}{lines[-1]}\n    log: {log}"
+    results = sorted(log.parent.glob("*_result.pkl"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(results):  # the oldest one is the last to say
+        outcome, result = pickle.loads(path.read_bytes())
+        if outcome == "error":
+            log, how, text = path.with_name(path.name.replace("result.pkl", "log.err")), "", result
+    last = text.strip().rpartition("\n")[2].strip()
+    return f"    {how}{last or 'it printed nothing'}\n    log: {log}"

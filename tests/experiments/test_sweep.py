@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ class HeldJob(sweep.Job):
 
         def save_and_wait(run, bar):
             save(run, bar)
-            while not (self.root / "go on").exists():
+            while not (self.context.root / "go on").exists():
                 time.sleep(0.02)
 
         fit._Run.save = save_and_wait
@@ -236,7 +237,7 @@ def test_cases_of_one_run_share_a_job(tmp_path, cases):
     same = [{"setting": name, **tiny_case("sat")} for name in ("theta", "delta")]
     cases(*same, tiny_case("dense"))
     context, some = experiments.select("accuracy", "paper", device="cpu", root=tmp_path)
-    made = sweep._jobs("accuracy", some, context, "cpu", Launch("local"))
+    made = sweep._jobs("accuracy", some, context, Launch("local"))
     assert [job.cases for job in made] == [tuple(same), (tiny_case("dense"),)]
     assert len({job.work for job in made}) == 2
 
@@ -247,43 +248,45 @@ def four_gpus(monkeypatch):
     seen = []
 
     class Recorded:
-        job_id = "1"
-
-        def __init__(self, *_, **__):
+        def __init__(self, *_):
             pass
 
         def update_parameters(self, **parameters):
             seen.append(parameters)
 
         def submit(self, job):
-            seen[-1]["threads"], self.job = os.environ.get("OMP_NUM_THREADS"), job
-            return self
+            seen[-1]["threads"] = os.environ.get("OMP_NUM_THREADS")
+            return SimpleNamespace(submission=lambda: SimpleNamespace(function=job), done=lambda: True)
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    monkeypatch.setattr(sweep, "pick_device", torch.device)
     monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _pid: range(24), raising=False)
     monkeypatch.setattr(submitit, "LocalExecutor", Recorded)
     return seen
 
 
 def test_local_jobs_have_gpus_of_their_own(four_gpus, tmp_path):
-    launch = Launch("local", processes=2)
-    waiting = [sweep.Job(work, "accuracy", (), "paper", "cuda", launch, tmp_path, "") for work in "abc"]
-    living = [handle.job for handle in sweep._start_here(waiting, [])]
-    assert [(job.work, job.gpus) for job in living] == [("a", (4, 5)), ("b", (6, 7))]
+    launch, cuda = Launch("local", processes=2), torch.device("cuda")
+    context = row_files.Context("paper", cuda, tmp_path, "")
+    waiting = [sweep.Job(work, "accuracy", (), context, launch) for work in "abc"]
+    living = sweep._start_here(waiting, [])
+    assert [(job.work, job.gpus) for job in jobs_of(living)] == [("a", (4, 5)), ("b", (6, 7))]
     assert [parameters["visible_gpus"] for parameters in four_gpus] == [(4, 5), (6, 7)]
     assert {(p["gpus_per_node"], p["tasks_per_node"], p["threads"]) for p in four_gpus} == {(2, 2, "6")}
-    assert list(sweep._start_here(waiting[2:], living)) == []
-    assert [handle.job.gpus for handle in sweep._start_here(waiting[2:], living[1:])] == [(4, 5)]
+    assert sweep._start_here(waiting[2:], living) == []
+    assert [job.gpus for job in jobs_of(sweep._start_here(waiting[2:], living[1:]))] == [(4, 5)]
     with pytest.raises(InputError, match="no more than this machine's 4 GPUs; got 3 jobs of 2"):
-        sweep._slots(Launch("local", processes=2, parallel=3), "cuda")
+        sweep._slots(cuda, Launch("local", processes=2, parallel=3))
+
+
+def jobs_of(handles) -> list[sweep.Job]:
+    return [handle.submission().function for handle in handles]
 
 
 def test_gpus_are_given_by_number(four_gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES: wanted numbers"):
-        sweep._slots(Launch("local"), "cuda")
+        sweep._slots(torch.device("cuda"), Launch("local"))
 
 
 # ---- under SLURM -----------------------------------------------------------------------------------------------------
@@ -409,7 +412,7 @@ def test_what_waits_in_slurms_queue_is_not_submitted_again(tmp_path, cases, slur
 def test_a_job_is_submitted_again_as_it_was(cases, tmp_path):
     cases(tiny_case("sat"))
     context, some = experiments.select("accuracy", "paper", device="cpu", root=tmp_path)
-    (job,) = sweep._jobs("accuracy", some, context, "cpu", Launch())
+    (job,) = sweep._jobs("accuracy", some, context, Launch())
     again = pickle.loads(pickle.dumps(job)).checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     assert (again.function, again.args, again.kwargs) == (job, (), {})
