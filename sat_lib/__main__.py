@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sat_lib", description="SAT, the sparsity-aware Transformer.")
     names = "demo | data | train | sweep | pretrain | bench | reproduce"
     commands = parser.add_subparsers(required=True, metavar=names)
-    _demo_options(commands.add_parser("demo", help="see SAT work in a minute: no GPU, no download"))
+    commands.add_parser("demo", help="see SAT work in a minute: no GPU, no download").set_defaults(run=_demo)
     _data_options(commands.add_parser("data", help="list the tasks, prepare a task's token cache"))
     _train_options(commands.add_parser("train", help="train one model, or go on where an earlier run stopped"))
     _sweep_options(commands.add_parser("sweep", help="measure an experiment in jobs: SLURM, or many at a time here"))
@@ -42,10 +42,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
-
-
-def _demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_demo)
 
 
 def _demo(options) -> int:
@@ -90,11 +86,9 @@ def _data_prepare(options) -> int:
     from . import datasets
     from .datasets import pairs
 
-    if options.task == "mrpc":
-        folder = pairs.prepare_mrpc(options.source)
-    else:
-        folder = datasets.prepare(options.task, source=options.source)
-    print(f"{options.task} is ready in {folder}")
+    name, source = options.task, options.source
+    folder = pairs.prepare_mrpc(source) if name == "mrpc" else datasets.prepare(name, source=source)
+    print(f"{name} is ready in {folder}")
     return 0
 
 
@@ -148,8 +142,8 @@ def _tell(result: dict) -> int:
     switched = result["transition_step"]
     print(f"transition: {'none' if switched is None else f'step {switched}'}; judged in the {result['phase']} phase")
     for phase, best in result["best"].items():
-        print(f"best of the {phase} phase: step {best['step']}, dev {best['dev_accuracy']:.4f}, "
-              f"test {best['test_accuracy']:.4f} of {best['test_examples']:,}")  # fmt: skip
+        reached = f"dev {best['dev_accuracy']:.4f}, test {best['test_accuracy']:.4f} of {best['test_examples']:,}"
+        print(f"best of the {phase} phase: step {best['step']}, {reached}")
     return 0
 
 
@@ -157,9 +151,8 @@ def _settings(pairs: list[str]) -> dict:
     """["steps=500", "precision=fp32"] -> {"steps": 500, "precision": "fp32"}."""
     settings = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise InputError(f"settings: wanted NAME=VALUE; got {pair!r}")
+        name, _, value = pair.partition("=")
+        require(name and value, f"settings: wanted NAME=VALUE; got {pair!r}")
         try:
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -186,10 +179,8 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 def _sweep(options) -> int:
     from .experiments.sweep import Launch, sweep
 
-    launch = Launch(
-        options.cluster, options.processes, options.parallel, _settings(options.slurm), wait=not options.no_wait
-    )
-    only = _settings(options.only)
+    slurm, only = _settings(options.slurm), _settings(options.only)
+    launch = Launch(options.cluster, options.processes, options.parallel, slurm, wait=not options.no_wait)
     return sweep(options.experiment, options.profile, launch, device=options.device, only=only)
 
 

@@ -80,7 +80,11 @@ def rows(
     if measure:
         here = device_name(context.device)
         todo = wanted if again else file.missing(wanted, [here])
-        _measure(name, _that_fit(todo, wanted, context), context, report=report, again=again)
+        todo = distributed.from_first(_that_fit(todo, wanted, context))
+        for number, case in enumerate(todo, 1):
+            if report:
+                print(f"{name} {number}/{len(todo)}: {describe(case)}", flush=True)
+            measure_case(name, case, context, again=again)
     found = file.read(here if measure else file.main_device())
     kept = [found[digest] for digest in map(files.digest, wanted) if digest in found]
     table = frame(kept, EXPERIMENTS[name].cases(profile))
@@ -106,11 +110,6 @@ def select(
     return context, wanted
 
 
-def unmeasured(name: str, cases: list[dict], context: Context, devices: set[str]) -> list[dict]:
-    """Those of the cases that have no row from any of the devices."""
-    return RowFile.of(name, context).missing(cases, devices)
-
-
 def measure_case(name: str, case: dict, context: Context, *, again: bool = False) -> None:
     """Measure one case and append its row. Of processes that measure it together the first one writes.
 
@@ -131,15 +130,6 @@ def measure_case(name: str, case: dict, context: Context, *, again: bool = False
     distributed.barrier()  # all of them read it then
 
 
-def _measure(name: str, cases: list[dict], context: Context, *, report: bool, again: bool) -> None:
-    """Measure cases one after another; of several processes the first one says which."""
-    cases = distributed.from_first(cases)
-    for number, case in enumerate(cases, 1):
-        if report:
-            print(f"{name} {number}/{len(cases)}: {describe(case)}", flush=True)
-        measure_case(name, case, context, again=again)
-
-
 def _that_fit(todo: list[dict], wanted: list[dict], context: Context) -> list[dict]:
     """Those to do that this machine has the GPUs for; all, where none of the wanted is one: an error then says why."""
     most = distributed.most_processes(context.device)
@@ -153,13 +143,10 @@ def _that_fit(todo: list[dict], wanted: list[dict], context: Context) -> list[di
 
 def _require_row(table: pd.DataFrame, name: str, profile: str, only: dict, values: dict) -> None:
     """Raise InputError, with the command that measures it, unless some row has these values."""
-    found = table
-    for column, value in values.items():
-        found = found[found[column] == value]
     chosen = [shlex.quote(f"{column}={value}") for column, value in (only | values).items()]
     which = f" with {', '.join(f'{column} {value}' for column, value in values.items())}" if values else ""
     command = " ".join([f"bench {name} --profile {profile}", *(["--only"] if chosen else []), *chosen])
     require(
-        len(found),
+        (table[list(values)] == pd.Series(values)).all(axis=1).any(),
         f"rows: no rows of {name}{which} at the {profile} profile; measure them with: python -m sat_lib {command}",
     )

@@ -41,8 +41,12 @@ def demo(config: RunConfig, data: datasets.Splits, folder: Path) -> Path:
     """
     _say_what_comes(config, data)
     trainer = Trainer(config, data, CPU)
-    history = _train(trainer)
-    picture = _draw(trainer, history, Path(folder) / "demo.png")
+    history, picture = _train(trainer), Path(folder) / "demo.png"
+    maps = {name: value.tolist() for name, value in trainer.maps.items()}
+    run = {"history": history, "maps": maps, "transition_step": trainer.transition_step}
+    figure, _ = training_figures.training(pd.DataFrame([run]))
+    with files.atomic_path(picture) as temporary:
+        figure.savefig(temporary, format="png")
     if trainer.transition_step is not None:
         _show_maps(trainer.maps["transition"], trainer.maps["kept"])
     _say_times(config)
@@ -138,12 +142,3 @@ def _milliseconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], length: in
     inputs = [torch.randn(2, 2, length, 32, requires_grad=True) for _ in range(3)]
     call = lambda: torch.autograd.grad(attend(*inputs).sum(), inputs)
     return timing.time_calls(call, CPU, warm_up=2, calls=9, seconds=2).median_ms
-
-
-def _draw(trainer: Trainer, history: list[dict], path: Path) -> Path:
-    maps = {name: value.tolist() for name, value in trainer.maps.items()}
-    run = {"history": history, "maps": maps, "transition_step": trainer.transition_step}
-    figure, _ = training_figures.training(pd.DataFrame([run]))
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path

@@ -102,15 +102,13 @@ def append_once(path: Path, row: dict, there: Callable[[], bool]) -> None:
 
 def frame(rows: Iterable[dict], cases: Iterable[dict]) -> pd.DataFrame:
     """Rows as a table: the columns of `cases`, whether a row has them or not, then those of result and stamp."""
-    lines = [_flat(row) for row in rows]
+    lines = []
+    for row in rows:
+        resolved = {"resolved": row["resolved"]} if "resolved" in row else {}
+        stamp = {name: row["stamp"][name] for name in STAMPED}
+        lines.append(row["case"] | resolved | row["result"] | stamp | {"experiment": row["experiment"]})
     columns = dict.fromkeys(name for one in (*cases, *lines) for name in one)
     return pd.DataFrame(lines, columns=list(columns))
-
-
-def _flat(row: dict) -> dict:
-    resolved = {"resolved": row["resolved"]} if "resolved" in row else {}
-    stamp = {name: row["stamp"][name] for name in STAMPED}
-    return row["case"] | resolved | row["result"] | stamp | {"experiment": row["experiment"]}
 
 
 def plain(case: dict) -> dict:
@@ -136,11 +134,6 @@ def table(rows: pd.DataFrame) -> str:
 More = Callable[..., pd.DataFrame]  # only={...} -> other rows of the same experiment, measured where they are missing
 
 
-def show_table(rows: pd.DataFrame, more: More) -> str:
-    """What the command line prints of most experiments."""
-    return table(rows)
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What is measured, how, and what the command line prints of it.
@@ -151,4 +144,4 @@ class Experiment:
 
     cases: Callable[[str], list[dict]]
     measure: Callable[[dict, Context], dict]
-    show: Callable[[pd.DataFrame, More], str] = show_table
+    show: Callable[[pd.DataFrame, More], str] = lambda rows, more: table(rows)

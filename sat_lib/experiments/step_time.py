@@ -45,14 +45,11 @@ STEP_KINDS = (
     StepKind("sat", "kernel"),
     StepKind("sat", "kernel", "sparse", preset="best", model=BEST_MODEL),
     StepKind("dense", "sdpa"),
-    StepKind("longformer", "kernel"),
-    StepKind("longformer", "library"),
-    StepKind("longformer", "kernel", model={"dilation": 2}),
-    StepKind("longformer", "library", model={"dilation": 2}),
-    StepKind("bigbird", "kernel"),
-    StepKind("bigbird", "library"),
-    StepKind("lsg", "kernel"),
-    StepKind("lsg", "library"),
+    *(
+        StepKind(attention, compute, model=model)
+        for attention, model in (("longformer", {}), ("longformer", {"dilation": 2}), ("bigbird", {}), ("lsg", {}))
+        for compute in ("kernel", "library")
+    ),
     StepKind("sat", "kernel", "sparse", step_kind="plain"),
     StepKind("sat", "kernel", step_kind="plain"),
     StepKind("dense", "sdpa", step_kind="plain"),

@@ -286,17 +286,19 @@ def slurm_parameters(name: str, launch: Launch, device: str) -> dict:
     given = {key.replace("-", "_"): value for key, value in launch.slurm.items()}
     minutes = given.pop("time", DEFAULT_MINUTES)
     require(_counts(minutes), f"slurm: wanted time as whole minutes, such as time=120; got {minutes!r}")
-    parameters = {"name": f"sat_lib-{name}", "timeout_min": minutes, "nodes": 1, "tasks_per_node": launch.processes}
-    if device != "cpu" and not given.keys() & {"gres", "gpus_per_node", "gpus_per_task", "num_gpus"}:
-        parameters["gpus_per_node"] = launch.processes
-    if launch.parallel:
-        parameters["slurm_array_parallelism"] = launch.parallel
-    if launch.processes > 1:  # the others would wait for one that failed
-        parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1"]
-    if "cpus" in given:
-        parameters["cpus_per_task"] = given.pop("cpus")
-    if isinstance(given.get("mem"), int | float):
-        parameters["mem_gb"] = given.pop("mem")
+    counted = given.keys() & {"gres", "gpus_per_node", "gpus_per_task", "num_gpus"}
+    parameters = {  # submitit takes None for what isn't set
+        "name": f"sat_lib-{name}",
+        "timeout_min": minutes,
+        "nodes": 1,
+        "tasks_per_node": launch.processes,
+        "cpus_per_task": given.pop("cpus", None),
+        "mem_gb": given.pop("mem") if isinstance(given.get("mem"), int | float) else None,
+        "gpus_per_node": None if device == "cpu" or counted else launch.processes,
+        "slurm_array_parallelism": launch.parallel,
+        # the other processes would wait for one that failed
+        "slurm_srun_args": ["--kill-on-bad-exit=1"] if launch.processes > 1 else None,
+    }
     for key, value in given.items():
         lines = key in ("setup", "teardown", "srun_args") and isinstance(value, str)  # submitit takes lists of them
         parameters[f"slurm_{key}"] = [value] if lines else value

@@ -51,7 +51,6 @@ def train(case: dict, context: Context) -> dict:
     config = case_config(case)
     data, folder = load_data(config), run_folder(case, context)
     result = fit(config, data, folder, context.device)
-    maps = {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()}
     return {
         **{name: result[name] for name in ("test_accuracy", "phase", "transition_step", "parameters", "seconds")},
         "step_kind": result["step"],
@@ -61,7 +60,7 @@ def train(case: dict, context: Context) -> dict:
         "test_examples": result["best"][result["phase"]]["test_examples"],
         "train_examples": len(data.train),
         **datasets.provenance(config.recipe.task),
-        "maps": maps,
+        "maps": {name: np.round(np.asarray(value, float), 7).tolist() for name, value in result["maps"].items()},
         "history": _thinned(files.read_rows(folder / "metrics.jsonl")),
     }
 
@@ -73,14 +72,11 @@ def load_data(config: RunConfig) -> datasets.Splits:
 
 def _thinned(metrics: list[dict]) -> list[dict]:
     """All evaluations, the dense phase's steps and every n-th other step: about HISTORY_POINTS lines of each."""
-    evaluations = [row for row in metrics if "dev_accuracy" in row]
-    steps = [row for row in metrics if "loss" in row]
-    learning = [row for row in steps if "skewness" in row]
-    others = [row for row in steps if "skewness" not in row]
-    return sorted(
-        (row for part in (evaluations, learning, others) for row in part[:: max(1, len(part) // HISTORY_POINTS)]),
-        key=lambda row: row["step"],
-    )
+    kinds: dict[tuple, list[dict]] = {}
+    for row in metrics:
+        kinds.setdefault(("dev_accuracy" in row, "skewness" in row), []).append(row)
+    kept = [row for rows in kinds.values() for row in rows[:: max(1, len(rows) // HISTORY_POINTS)]]
+    return sorted(kept, key=lambda row: (row["step"], "loss" in row))  # an evaluation comes before its next step
 
 
 # ---- training: notebooks 02 and 03 -----------------------------------------------------------------------------------
