@@ -243,8 +243,6 @@ def _start_here(jobs: list[Job], others: Collection[submitit.Job]) -> list[submi
         )
         with helpers.environment_variables(**threads):
             handles.append(executor.submit(replace(job, gpus=gpus)))
-    while not all(handle.done() or files.locked(_lock(handle.paths.folder)) for handle in handles):
-        time.sleep(0.1)  # until other commands see that they live
     return handles
 
 
@@ -344,7 +342,7 @@ class _Sweep:
         """Start waiting jobs that there is room for. Other commands wait meanwhile, so none starts the same work."""
         if not self.waiting:
             return
-        new, handles = [], []
+        here, new, handles = self.launch.cluster == "local", [], []
         with files.lock(_folder(self.context) / "lock", "starting jobs", wait=True, quiet=True):
             living = _living(_folder(self.context), self.launch.cluster)
             for job in self.waiting:
@@ -362,9 +360,11 @@ class _Sweep:
                 else:
                     new.append(job)
             if new:
-                handles = _start_here(new, living.values()) if self.launch.cluster == "local" else _submit(new)
-        self.alive |= {job.work: handle for job, handle in zip(new, handles, strict=False)}
-        self.waiting = new[len(handles) :]
+                handles = _start_here(new, living.values()) if here else _submit(new)
+            self.alive |= {job.work: handle for job, handle in zip(new, handles, strict=False)}
+            self.waiting = new[len(handles) :]
+            while here and not all(handle.done() or files.locked(_lock(handle.paths.folder)) for handle in handles):
+                time.sleep(0.1)  # until other commands see that they live
 
     def _look(self) -> None:
         """See which jobs live, and judge those that ended by their rows."""
@@ -406,13 +406,14 @@ class _Sweep:
 
 def _why(handle: submitit.Job) -> str:
     """The last line of a failed job's error and the path of its log: of the process that failed first."""
-    log, how, text = handle.paths.stderr, "killed, or ended without a result: ", ""
-    if log.exists():
-        text = log.read_text(errors="replace")
-    results = sorted(log.parent.glob("*_result.pkl"), key=lambda path: path.stat().st_mtime_ns)
-    for path in reversed(results):  # the oldest one is the last to say
-        outcome, result = pickle.loads(path.read_bytes())
-        if outcome == "error":
-            log, how, text = path.with_name(path.name.replace("result.pkl", "log.err")), "", result
+    results = sorted(handle.paths.folder.glob("*_result.pkl"), key=lambda path: path.stat().st_mtime_ns)
+    outcomes = {path: pickle.loads(path.read_bytes()) for path in results}
+    failed = [path for path, (outcome, _) in outcomes.items() if outcome == "error"]
+    if failed:
+        log, how = failed[0].with_name(failed[0].name.replace("result.pkl", "log.err")), ""
+        text = outcomes[failed[0]][1]
+    else:
+        log, how = handle.paths.stderr, "killed, or ended without a result: "
+        text = log.read_text(errors="replace") if log.exists() else ""
     last = text.strip().rpartition("\n")[2].strip()
     return f"    {how}{last or 'it printed nothing'}\n    log: {log}"

@@ -256,7 +256,7 @@ def four_gpus(monkeypatch):
 
         def submit(self, job):
             seen[-1]["threads"] = os.environ.get("OMP_NUM_THREADS")
-            return SimpleNamespace(submission=lambda: SimpleNamespace(function=job), done=lambda: True)
+            return SimpleNamespace(submission=lambda: SimpleNamespace(function=job))
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
@@ -488,13 +488,13 @@ def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, mo
     ("given", "message"),
     [
         ({"partiton": "gpu"}, "slurm: Unknown argument 'partiton'"),
-        ({"time": "2:00:00"}, "wanted time as whole minutes, such as time=120; got '2:00:00'"),
+        ({"time": "2:00:00"}, "slurm: wanted time as whole minutes, such as time=120; got '2:00:00'"),
         ({"cpus": "many"}, 'slurm: Parameter "cpus_per_task" expected type'),
     ],
 )
 def test_wrong_arguments_of_slurm_are_named(given, message, tmp_path, cases, slurm):
     cases(tiny_case("sat"))
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         run(tmp_path, Launch(slurm=given))
     assert jobs(tmp_path) == []
 
