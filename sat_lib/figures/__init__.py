@@ -13,11 +13,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..common import files
@@ -32,17 +30,12 @@ PALETTE |= {"sdpa": PALETTE["dense"], "reference": PALETTE["longformer"], "flex 
 
 
 def style() -> None:
-    """The look of all figures; `new` calls it."""
-    sns.set_theme("paper", "ticks", palette="colorblind")
-    mpl.rcParams.update({"pdf.fonttype": 42, "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7.5})
-    mpl.rcParams.update({"xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "savefig.dpi": 200})
-    _show_in_notebooks()
-
-
-def _show_in_notebooks() -> None:
-    """Let a notebook display figures as pictures, which otherwise only pyplot asks it to do."""
+    """The look of all figures, which a notebook displays as pictures; `new` calls it."""
+    sizes = dict.fromkeys(["font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"], 7)
+    other = {"axes.titlesize": 7.5, "savefig.dpi": 200, "pdf.fonttype": 42}
+    sns.set_theme("paper", "ticks", palette="colorblind", rc=sizes | other)
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None:
+    if shell is not None:  # otherwise only pyplot asks a notebook to do so
         from IPython.core.pylabtools import select_figure_formats
 
         select_figure_formats(shell, {"png"}, bbox_inches=None)
@@ -53,26 +46,6 @@ def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings
     style()
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **settings)
-
-
-def end_labels(axis: Axes, ends: list[tuple[float, str, tuple]], gap: float) -> None:
-    """Name lines at the right edge of a panel, in place of a legend, once all of it is drawn.
-
-    Args:
-        ends: of each line where it ends, its name and its colour. gap: least distance of two names, as a share of the
-            panel's height; names that would lie nearer are moved apart.
-    """
-    scale = axis.yaxis.get_transform()
-    low, high = scale.transform(axis.get_ylim())
-    ends = sorted(ends, key=lambda end: end[0])
-    places = [(scale.transform(value) - low) / (high - low) for value, _, _ in ends]
-    for upper in range(1, len(places)):
-        places[upper] = max(places[upper], places[upper - 1] + gap)
-    for number, place in enumerate(reversed(places)):
-        places[-1 - number] = min(place, 1 - number * gap)
-    for place, (_, text, colour) in zip(places, ends, strict=True):
-        dark = np.multiply(colour, 0.8)  # pale colours are hard to read as letters
-        axis.text(1.02, place, text, color=dark, va="center", transform=axis.transAxes, fontsize=7)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -90,17 +63,16 @@ def save(
     A figure of rows of the smoke profile says so on its face; one with missing cases says how many.
     """
     require(len(rows) > 0, f"rows: there are none for {stage} at the {profile} profile; nothing to draw")
-    folder, said = Path(root) / "figures" / profile, provenance(rows.attrs.get("profile", profile), rows)
+    said = provenance(rows.attrs.get("profile", profile), rows)
+    paths = {kind: Path(root) / "figures" / profile / f"{stage}.{kind}" for kind in ("pdf", "png", "csv", "json")}
     face = textwrap.fill(_face(said), int(16 * figure.get_figwidth()))  # 16 letters of 7 pt to the inch
     figure.supxlabel(face, fontsize=7, color="0.35")
-    written = []
-    for kind, settings in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {})):
-        with files.atomic_path(folder / f"{stage}.{kind}") as path:
-            figure.savefig(path, format=kind, **settings)
-        written.append(folder / f"{stage}.{kind}")
-    files.write(folder / f"{stage}.csv", drawn.to_csv(index=False))
-    files.write_json(folder / f"{stage}.json", said)
-    return [*written, folder / f"{stage}.csv", folder / f"{stage}.json"]
+    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
+        with files.atomic_path(paths[kind]) as path:
+            figure.savefig(path, metadata=metadata)
+    files.write(paths["csv"], drawn.to_csv(index=False))
+    files.write_json(paths["json"], said)
+    return list(paths.values())
 
 
 def save_table(name: str, profile: str, table: pd.DataFrame, root: Path = files.ROOT) -> str:
@@ -112,20 +84,36 @@ def save_table(name: str, profile: str, table: pd.DataFrame, root: Path = files.
     return text
 
 
+def cell(value, form: str = "", factor: float = 1) -> str:
+    """A value as tables have it: a number times `factor` in a format such as ".2f", an absent one as a dash."""
+    if pd.isna(value):
+        return "-"
+    return format(factor * value, form) if form else str(value)
+
+
+def document_table(lines: pd.DataFrame, columns: dict[str, tuple]) -> pd.DataFrame:
+    """Lines as a document has them.
+
+    Args:
+        columns: new name -> the column of `lines` and what `cell` takes; one that isn't there has dashes.
+    """
+    table = pd.DataFrame(index=lines.index)
+    for name, (column, *how) in columns.items():
+        table[name] = [cell(value, *how) for value in lines[column]] if column in lines else "-"
+    return table
+
+
 def to_markdown(table: pd.DataFrame) -> str:
     """A GitHub table; an absent value is a dash."""
-    cells = [["-" if pd.isna(cell) else str(cell) for cell in line] for line in table.itertuples(index=False)]
+    cells = [[cell(value) for value in line] for line in table.itertuples(index=False)]
     lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def provenance(profile: str, rows: pd.DataFrame) -> dict:
     """Where rows come from: commits, devices, versions, seeds, dates, how many cases are missing, a digest of all."""
-    several = {
-        name: sorted({str(value) for value in rows[name].dropna()})
-        for name in ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed", "data_digest")
-        if name in rows
-    }
+    names = ("commit", "device", "python", "torch", "numpy", "experiment", "task", "seed", "data_digest")
+    several = {name: sorted(set(map(str, rows[name].dropna()))) for name in names if name in rows}
     return {
         "profile": profile,
         **{name: values for name, values in several.items() if values},

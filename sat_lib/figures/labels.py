@@ -1,46 +1,49 @@
-"""Words beside what they name, in place of a legend, and the interval of a mean. Nothing here knows what is drawn."""
+"""Words beside what they name, ticks, and the interval of a mean. Nothing here knows what is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.typing import ColorType
 
-APART = 0.13  # of a panel's height: the least between two labels
 
+def at_ends(axis: Axes, ends: Iterable[tuple[float, str, ColorType]], apart: float = 0.13) -> None:
+    """Name lines at the right edge of a panel, in place of a legend, once all of it is drawn.
 
-def at_ends(axis: Axes, ends: Sequence[tuple[float, str, object]]) -> None:
-    """Name lines at the right edge of a panel, whose limits are set: (height in data, text, colour) of each.
+    Names that would overlap are moved apart, in the order of their heights, and stay beside the panel.
 
-    Labels that would overlap are moved apart, in the order of their heights, and stay beside the panel.
+    Args:
+        ends: of each line where it ends, its name and its colour. apart: the least between two names, as a share of
+            the panel's height.
     """
-    low, high = axis.get_ylim()
+    scale = axis.yaxis.get_transform()
+    low, high = scale.transform(axis.get_ylim())
     ends = sorted(ends, key=lambda end: end[0])
-    heights = _moved_apart([(height - low) / (high - low) for height, _, _ in ends])
-    for height, (_, text, colour) in zip(heights, ends, strict=True):
-        axis.annotate(text, (1, height), (3, 0), xycoords="axes fraction", textcoords="offset points", fontsize=7,
-                      color=colour, va="center", annotation_clip=False)  # fmt: skip
+    steps = apart * np.arange(len(ends))
+    heights = (scale.transform([value for value, _, _ in ends]) - low) / (high - low)
+    heights = np.maximum.accumulate(heights - steps) + steps  # moved upward, then downward from the upper edge
+    for height, (_, text, colour) in zip(np.minimum(heights, 1 - steps[::-1]), ends, strict=True):
+        dark = np.multiply(to_rgb(colour), 0.8)  # pale colours are hard to read as letters
+        axis.text(1.02, height, text, color=dark, va="center", transform=axis.transAxes)
 
 
-def _moved_apart(heights: list[float]) -> list[float]:
-    """Ascending heights, at least `APART` from each other: upward first, then downward from the upper edge."""
-    moved, lowest, highest = [], -np.inf, 1.0
-    for height in heights:
-        lowest = max(height, lowest + APART)
-        moved.append(lowest)
-    for place in reversed(range(len(moved))):
-        moved[place] = min(moved[place], highest)
-        highest = moved[place] - APART
-    return moved
-
-
-def above(axis: Axes, at: float, text: str, colour) -> None:
+def above(axis: Axes, at: float, text: str, colour: ColorType) -> None:
     """Name a vertical line at its upper end, outside the panel."""
-    axis.annotate(text, (at, 1), (0, 2), xycoords=axis.get_xaxis_transform(), textcoords="offset points", fontsize=7,
-                  color=colour, ha="center", va="bottom", annotation_clip=False)  # fmt: skip
+    look = {"color": colour, "ha": "center", "va": "bottom", "annotation_clip": False}
+    axis.annotate(text, (at, 1), (0, 2), xycoords=axis.get_xaxis_transform(), textcoords="offset points", **look)
 
 
-def list_downward(axis: Axes, places: dict[str, float], headings: dict[str, tuple[float, object]]) -> None:
+def log_ticks(axis: Axes, values: Iterable[float]) -> None:
+    """A logarithmic x axis with a tick at each of these values and nowhere else; from 1,024 on they read 1k, 2k, ..."""
+    values = sorted(set(values))
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value / 1024:g}k" if value >= 1024 else f"{value:g}" for value in values])
+    axis.xaxis.minorticks_off()
+
+
+def list_downward(axis: Axes, places: dict[str, float], headings: dict[str, tuple[float, ColorType]]) -> None:
     """Name the rows of a panel, from 0 downward, at its left; headings (row, colour) are bold."""
     labels = {**places, **{text: row for text, (row, _) in headings.items()}}
     axis.set_yticks(list(labels.values()), list(labels))

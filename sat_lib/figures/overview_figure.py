@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..training.recipe import PUBLISHED
-from . import PAGE, PALETTE, ablations, end_labels, new
+from . import PAGE, PALETTE, ablations, new
 from .evidence import Frames, column, task_runs, where, with_sources
+from .labels import at_ends
 from .published import attention_name, published_value
 
 TASK = "cifar10"
@@ -85,7 +86,7 @@ def _draw_times(axis: Axes, times: pd.DataFrame) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
-    end_labels(axis, ends, 0.13)
+    at_ends(axis, ends)
     sns.despine(ax=axis)
 
 

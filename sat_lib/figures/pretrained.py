@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..attention.statistics import pool_blocks
-from . import PAGE, PALETTE, end_labels, new, style
+from . import PAGE, PALETTE, new, style
+from .labels import at_ends
 from .speed import attention_label
 
 MODEL_NAMES = {"cifar-vit": "small ViT (CIFAR-10)", "minilm": "MiniLM"}
@@ -98,7 +99,7 @@ def _by_moment(axis: Axes, part: pd.DataFrame, name: str, title: str) -> None:
     last = layers.iloc[-1]
     if last.notna().any():
         ends = {int(last.idxmin()): last.min(), int(last.idxmax()): last.max()}
-        end_labels(axis, [(value, f"layer {layer + 1}", (0.4, 0.4, 0.4)) for layer, value in ends.items()], gap=0.13)
+        at_ends(axis, [(value, f"layer {layer + 1}", (0.4, 0.4, 0.4)) for layer, value in ends.items()])
     sns.despine(ax=axis)
 
 
@@ -122,7 +123,7 @@ def _profile(axis: Axes, row: pd.Series) -> None:
     grid = int(row["grid"])
     axis.set(xlabel="distance (patches)", title="mean entry by distance (x mean of all)")
     axis.set(xticks=np.arange(0, 4 * grid + 1, grid))
-    end_labels(axis, ends, gap=0.13)
+    at_ends(axis, ends)
     sns.despine(ax=axis)
 
 

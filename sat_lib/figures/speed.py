@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from . import COLUMN, PAGE, PALETTE, end_labels, new
+from . import COLUMN, PAGE, PALETTE, new
+from .labels import at_ends
 from .published import published_value, task_name
 
 STEP_TASKS = ("cifar10", "agnews")  # an image and a text task: what figure and table show of the steps
@@ -260,7 +261,7 @@ def _name_methods(axis: Axes, drawn: pd.DataFrame, name: str) -> None:
     """Each method by the height of its last point; those that end at one place share it, the mark tells which."""
     longest = drawn.sort_values("length").drop_duplicates("method", keep="last").dropna(subset=name)
     ends = [(value, method, PALETTE[method]) for method, value in zip(longest["method"], longest[name], strict=True)]
-    end_labels(axis, ends, gap=0.085)
+    at_ends(axis, ends, apart=0.085)
 
 
 # ---- the kernels beside their peers ----------------------------------------------------------------------------------

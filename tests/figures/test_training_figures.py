@@ -49,6 +49,6 @@ def test_labels_at_the_ends_of_lines_are_moved_apart_in_their_order_and_stay_bes
     _, ((axis,),) = training.new(2, 2)
     axis.set_ylim(0, 10)
     labels.at_ends(axis, [(10, "first", "black"), (9.9, "second", "black"), (2, "third", "black")])
-    found = {text.get_text(): text.xy[1] for text in axis.texts}
+    found = {text.get_text(): text.get_position()[1] for text in axis.texts}
     assert found["first"] == pytest.approx(1) and found["third"] == pytest.approx(0.2)
-    assert found["second"] == pytest.approx(1 - labels.APART)
+    assert found["second"] == pytest.approx(1 - 0.13)
