@@ -4,6 +4,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 from . import PAGE, new
 from .ablations import CENTRES, number_text
@@ -58,8 +59,7 @@ def change_lines(rows: pd.DataFrame) -> pd.DataFrame:
             for (group, value), part in _changed(of_task, name).groupby(["group", "value"], sort=False):
                 found = gap(100 * part["test_accuracy"], unchanged)
                 if found is not None:
-                    place = {"task": task, "of": name, "group": group, "value": value, "runs": len(part)}
-                    lines.append(place | {"difference": found.difference, "error": found.error})
+                    lines.append((task, name, group, value, len(part), found.difference, found.error))
     return pd.DataFrame(lines, columns=["task", "of", "group", "value", "runs", "difference", "error"])
 
 
@@ -84,7 +84,7 @@ def changes(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     drawn = change_lines(rows)
     tasks, (places, headings) = list(dict.fromkeys(drawn["task"])), _places(drawn)
-    height = 1.0 + 0.15 * max([0, *places.values()])
+    height = 1.0 + 0.15 * max(places.values(), default=0)
     figure, (axes,) = new(PAGE, height, 1, max(len(tasks), 1), sharex=True, sharey=True)
     for axis, task in zip(axes, tasks, strict=False):
         _draw_differences(axis, drawn[drawn["task"] == task], places)
@@ -93,7 +93,7 @@ def changes(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, drawn
 
 
-def _places(drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, tuple[float, object]]]:
+def _places(drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, tuple[float, ColorType]]]:
     """Rows of the changes, in words, and of the headings; the first task in which a change was made gives its place."""
     places, headings, row = {}, {}, 0
     ordered = drawn.drop_duplicates(["group", "value"]).sort_values("difference", ascending=False)
@@ -110,10 +110,10 @@ def _draw_differences(axis: Axes, lines: pd.DataFrame, places: dict[str, float])
     axis.axvline(0, color="0.4", linewidth=0.8, zorder=0)
     for line in lines.itertuples():
         row, colour = places[change_words(line.group, line.value)], CENTRES[line.of].colour
-        beyond = abs(line.difference) > 2 * line.error
+        face = colour if abs(line.difference) > 2 * line.error else "white"
         axis.axhline(row, color="0.92", linewidth=0.6, zorder=-1)
-        axis.errorbar(line.difference, row, xerr=2 * line.error, fmt="o", color=colour, markersize=4, linewidth=0.9,
-                      markerfacecolor=colour if beyond else "white")  # fmt: skip
+        look = {"color": colour, "markerfacecolor": face, "markersize": 4, "linewidth": 0.9}
+        axis.errorbar(line.difference, row, xerr=2 * line.error, fmt="o", **look)
     axis.set_xlabel("difference of test accuracy\n(percentage points) ± 2 standard errors")
     axis.locator_params(axis="x", nbins=9, integer=True)
     axis.tick_params(axis="y", length=0)

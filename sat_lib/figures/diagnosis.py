@@ -4,8 +4,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
-from . import PAGE, PALETTE, new
+from . import PAGE, PALETTE, document_table, new
 from .labels import at_ends
 from .published import task_name
 
@@ -20,10 +21,10 @@ DIAGNOSES = {
 
 def diagnosis_lines(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per task, initialisation, seed, step and layer, with the columns of `ablations.diagnose`."""
-    parts = []
-    for _, row in rows.iterrows():
-        place = {"task": row["task"], "init": row["model"]["sparsity_init"], "seed": row["seed"]}
-        parts.append(pd.DataFrame(row["columns"]).assign(**place))
+    parts = [
+        pd.DataFrame(row["columns"]).assign(task=row["task"], init=row["model"]["sparsity_init"], seed=row["seed"])
+        for _, row in rows.iterrows()
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -35,14 +36,13 @@ def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     drawn = diagnosis_lines(rows)
     shares = drawn.assign(**{name: drawn[name] / drawn["best_mass"] for name in ("mass_kept", "form_mass")})
     tasks = list(dict.fromkeys(drawn["task"]))
-    figure, axes = new(PAGE, 0.6 + 1.5 * len(tasks), len(tasks), len(DIAGNOSES), sharex="row",
-                       sharey="col")  # fmt: skip
+    figure, axes = new(PAGE, 0.6 + 1.5 * len(tasks), len(tasks), len(DIAGNOSES), sharex="row", sharey="col")
     for line, task in zip(axes, tasks, strict=True):
         of_task = shares[shares["task"] == task]
-        for axis, name in zip(line, DIAGNOSES, strict=True):
-            ends = _draw_over_steps(axis, of_task, name)
-            if axis is line[0]:
-                at_ends(axis, [*_draw_form(axis, of_task), *ends])
+        held, *_ = [_draw_over_steps(axis, of_task, name) for axis, name in zip(line, DIAGNOSES, strict=True)]
+        form = of_task[of_task["init"] == "calibrated"].groupby("step")["form_mass"].mean()
+        line[0].plot(form.index, form, "--", color="0.2", linewidth=0.9)
+        at_ends(line[0], [*((height, "best of its form", "0.2") for height in form.tail(1)), *held])
         line[0].set_ylabel(task_name(task), fontweight="bold")
     for axis, title in zip(axes[0], DIAGNOSES.values(), strict=True):
         axis.set_title(title)
@@ -51,7 +51,7 @@ def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, drawn
 
 
-def _draw_over_steps(axis: Axes, of_task: pd.DataFrame, name: str) -> list[tuple[float, str, object]]:
+def _draw_over_steps(axis: Axes, of_task: pd.DataFrame, name: str) -> list[tuple[float, str, ColorType]]:
     """A mean line and a band for each initialisation; height, name and colour of each line's end."""
     ends = []
     for init, part in of_task.groupby("init", sort=False):
@@ -64,34 +64,24 @@ def _draw_over_steps(axis: Axes, of_task: pd.DataFrame, name: str) -> list[tuple
     return ends
 
 
-def _draw_form(axis: Axes, of_task: pd.DataFrame) -> list[tuple[float, str, object]]:
-    """The share that the nearest map of the form W^P (W^P)^T holds, dashed; height, name and colour of its end."""
-    of_form = of_task[of_task["init"] == "calibrated"].groupby("step")["form_mass"].mean()
-    axis.plot(of_form.index, of_form, "--", color="0.2", linewidth=0.9)
-    return [(height, "best of its form", "0.2") for height in of_form.tail(1)]
-
-
 def diagnosis_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The last step of each task and initialisation: means over layers and seeds."""
     lines = diagnosis_lines(rows)
     last = lines[lines["step"] == lines.groupby("task")["step"].transform("max")]
-    table = []
-    for (task, init), part in last.groupby(["task", "init"], sort=False):
-        mean = part.drop(columns=["task", "init"]).mean()
-        table.append(
-            {
-                "task": task_name(task),
-                "W^P starts": init,
-                "runs": part["seed"].nunique(),
-                "step": int(mean["step"]),
-                "mass kept %": f"{100 * mean['mass_kept']:.1f}",
-                "best layout %": f"{100 * mean['best_mass']:.1f}",
-                "nearest of the form %": f"{100 * mean['form_mass']:.1f}",
-                "overlap with the best": f"{mean['overlap']:.2f}",
-                "correlation": f"{mean['correlation']:.2f}",
-                "mean of R~ / of R": f"{mean['scale']:.3g}",
-                "on the diagonal": f"{mean['diagonal']:.2f}",
-                "empty rows": f"{mean['empty_rows']:.1f}",
-            }
-        )
-    return pd.DataFrame(table)
+    parts = last.groupby(["task", "init"], sort=False)
+    means = parts.mean().assign(runs=parts["seed"].nunique()).reset_index()
+    columns = {
+        "task": ("task",),
+        "W^P starts": ("init",),
+        "runs": ("runs",),
+        "step": ("step", ".0f"),
+        "mass kept %": ("mass_kept", ".1f", 100),
+        "best layout %": ("best_mass", ".1f", 100),
+        "nearest of the form %": ("form_mass", ".1f", 100),
+        "overlap with the best": ("overlap", ".2f"),
+        "correlation": ("correlation", ".2f"),
+        "mean of R~ / of R": ("scale", ".3g"),
+        "on the diagonal": ("diagonal", ".2f"),
+        "empty rows": ("empty_rows", ".1f"),
+    }
+    return document_table(means.assign(task=means["task"].map(task_name)), columns)
