@@ -97,10 +97,10 @@ def document_table(lines: pd.DataFrame, columns: dict[str, tuple]) -> pd.DataFra
     Args:
         columns: new name -> the column of `lines` and what `cell` takes; one that isn't there has dashes.
     """
-    table = pd.DataFrame(index=lines.index)
+    table, absent = {}, [np.nan] * len(lines)
     for name, (column, *how) in columns.items():
-        table[name] = [cell(value, *how) for value in lines[column]] if column in lines else "-"
-    return table
+        table[name] = [cell(value, *how) for value in lines.get(column, absent)]
+    return pd.DataFrame(table)
 
 
 def to_markdown(table: pd.DataFrame) -> str:

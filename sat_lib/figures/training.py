@@ -5,9 +5,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from . import COLUMN, PAGE, PALETTE, new, style
+from . import COLUMN, PAGE, PALETTE, document_table, new, style
 from .labels import list_downward
 from .published import attention_name, published_value, task_name
 
@@ -23,22 +22,19 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
         there are several, a step of one process that has only its share of the batch: what it would take if sharing
         cost nothing.
     """
-    rows = rows[rows["sweep"] == "step"]
+    rows, parts = rows[rows["sweep"] == "step"], []
     measures = ["median_ms", "low_ms", "high_ms", "examples_per_second"]
-    lines = [
-        {"phase": phase, "processes": int(row["processes"]), "batch": int(row["batch"])}
-        | {name: row[f"{phase}_{name}"] for name in measures}
-        for _, row in rows.iterrows()
-        for phase in PHASES
-    ]
-    lines = pd.DataFrame(lines, columns=["phase", "processes", "batch", *measures])
+    for phase in PHASES:
+        names = {f"{phase}_{name}": name for name in measures}
+        part = rows.reindex(columns=["processes", "batch", *names]).rename(columns=names)
+        parts.append(part.astype({"processes": int, "batch": int}).assign(phase=phase))
+    lines = pd.concat(parts)[["phase", "processes", "batch", *measures]]
     lines = lines.sort_values(["phase", "processes", "batch"], ignore_index=True)
     alone = lines[lines["processes"] == 1].set_index(["phase", "batch"])
     one = alone["examples_per_second"].groupby("phase").last()
     lines["efficiency"] = lines["examples_per_second"] / (lines["processes"] * lines["phase"].map(one))
-    shares = zip(lines["phase"], lines["batch"] // lines["processes"], strict=True)
-    share_ms = pd.Series([alone["median_ms"].get(share, float("nan")) for share in shares], lines.index)
-    return lines.assign(share_ms=share_ms.where(lines["processes"] > 1))
+    shares = pd.MultiIndex.from_arrays([lines["phase"], lines["batch"] // lines["processes"]])
+    return lines.assign(share_ms=np.where(lines["processes"] > 1, alone["median_ms"].reindex(shares), np.nan))
 
 
 def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -59,7 +55,7 @@ def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     axis.set(xlabel="processes", ylabel="thousand examples / s", xticks=numbers)
     axis.set_ylim(bottom=0)
     axis.margins(x=0.12)
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.minorticks_off()
     sns.despine(ax=axis)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure, drawn
@@ -70,41 +66,36 @@ def _line(axis: Axes, part: pd.DataFrame, label: str, style: str, side: str, **l
     axis.plot(part["processes"], rates, style, label=label, markersize=4, linewidth=1, **look)
     for line, rate in zip(part.itertuples(), rates, strict=True):
         if line.processes > 1 and not pd.isna(line.efficiency):
-            place = {"xytext": (5, 0), "textcoords": "offset points", "va": side, "fontsize": 7}
-            axis.annotate(f"{line.efficiency:.0%}", (line.processes, rate), **place)
+            place = line.processes, rate
+            axis.annotate(f"{line.efficiency:.0%}", place, (5, 0), textcoords="offset points", va=side)
 
 
 def steps_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per phase, number of processes and batch."""
-    lines = steps(rows)
-    return pd.DataFrame(
-        {
-            "phase": lines["phase"],
-            "processes": lines["processes"],
-            "batch": lines["batch"],
-            "step ms": [f"{value:.3g}" for value in lines["median_ms"]],
-            "examples / s": [f"{value:,.0f}" for value in lines["examples_per_second"]],
-            "efficiency": [f"{value:.2f}" for value in lines["efficiency"]],
-            "one with its share, ms": ["-" if pd.isna(value) else f"{value:.3g}" for value in lines["share_ms"]],
-        }
-    )
+    columns = {
+        "phase": ("phase",),
+        "processes": ("processes",),
+        "batch": ("batch",),
+        "step ms": ("median_ms", ".3g"),
+        "examples / s": ("examples_per_second", ",.0f"),
+        "efficiency": ("efficiency", ".2f"),
+        "one with its share, ms": ("share_ms", ".3g"),
+    }
+    return document_table(steps(rows), columns)
 
 
 def runs_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per run by several processes, and whether all of them came to the same bits."""
     runs = rows[rows["sweep"] == "training"]
-    lines = [_run_line(run, same) for (_, run), same in zip(runs.iterrows(), agree(runs), strict=True)]
-    return pd.DataFrame(lines, columns=RUN_COLUMNS)
-
-
-RUN_COLUMNS = ["processes", "seed", "switched at step", "test %", "seconds", "same step, layouts and weights in all"]
-
-
-def _run_line(run: pd.Series, same: bool) -> dict:
-    at = "-" if pd.isna(run["transition_step"]) else f"{run['transition_step']:.0f}"
-    percent, seconds = f"{100 * run['test_accuracy']:.2f}", f"{run['wall_seconds']:.0f}"
-    values = (int(run["processes"]), int(run["seed"]), at, percent, seconds, "yes" if same else "no")
-    return dict(zip(RUN_COLUMNS, values, strict=True))
+    columns = {
+        "processes": ("processes", ".0f"),
+        "seed": ("seed", ".0f"),
+        "switched at step": ("transition_step", ".0f"),
+        "test %": ("test_accuracy", ".2f", 100),
+        "seconds": ("wall_seconds", ".0f"),
+        "same step, layouts and weights in all": ("same",),
+    }
+    return document_table(runs.assign(same=np.where(agree(runs), "yes", "no")), columns)
 
 
 def agree(runs: pd.DataFrame) -> list[bool]:
@@ -145,7 +136,7 @@ def _curves(axes: np.ndarray, history: pd.DataFrame, transition: float | None) -
         axis.set(xlabel="step of the dense phase", ylabel=name)
         axis.legend(frameon=False)
     for axis in axes:
-        if transition is not None and not np.isnan(transition):
+        if not pd.isna(transition):
             axis.axvline(transition, color="0.4", linestyle=":", linewidth=1)
         sns.despine(ax=axis)
 
@@ -166,25 +157,22 @@ def kept_mass(maps: dict) -> pd.DataFrame:
 
 def _maps(axes: np.ndarray, maps: dict) -> None:
     """A row per layer: pooled map at step 0 and at the transition, R~, and the kept blocks with what they hold."""
-    titles = {"start": "map, step 0", "transition": "map, transition", "scores": "R~, transition"}
-    held = kept_mass(maps) if {"transition", "kept"} <= maps.keys() else None
+    titles = {"start": "map, step 0", "transition": "map, transition", "scores": "R~, transition", "kept": ""}
+    held = kept_mass(maps) if "kept" in maps else None
     for layer, line in enumerate(axes):
-        for axis, name in zip(line, (*titles, "kept"), strict=True):
+        for axis, (name, title) in zip(line, titles.items(), strict=True):
             axis.set(xticks=[], yticks=[])
             if name not in maps:
-                axis.text(0.5, 0.5, "no transition", ha="center", va="center", fontsize=7)
+                axis.text(0.5, 0.5, "no transition", ha="center", va="center")
                 continue
-            values = np.array(maps[name][layer], float)
+            look = "Greys" if name == "kept" else "viridis"
+            image = axis.imshow(np.array(maps[name][layer], float), cmap=look, interpolation="nearest")
             if name == "kept":
-                axis.imshow(values, cmap="Greys", interpolation="nearest")
                 axis.set_title(f"kept: {held['kept'][layer]:.1%} of mass", fontweight="bold")
                 axis.set_xlabel(f"best {held['best'][layer]:.1%}, chance {held['density'][layer]:.1%}")
-                continue
-            image = axis.imshow(values, cmap="viridis", interpolation="nearest")
-            axis.set_title(titles[name])
-            bar = axis.figure.colorbar(image, ax=axis, shrink=0.85)
-            bar.ax.tick_params(labelsize=7)
-            bar.formatter.set_powerlimits((-2, 3))
+            else:
+                axis.set_title(title)
+                axis.figure.colorbar(image, ax=axis, shrink=0.85).formatter.set_powerlimits((-2, 3))
         line[0].set_ylabel(f"layer {layer + 1}, block row")
 
 
@@ -208,7 +196,7 @@ def accuracy(rows: pd.DataFrame, published: bool = True) -> tuple[Figure, pd.Dat
             values = of_task.loc[of_task["attention"] == attention, "accuracy_percent"]
             _draw_seeds(axis, row, values, PALETTE[attention])
         if published:
-            _draw_published(axis, {row: _published_mean(attention, task) for row, attention in enumerate(attentions)})
+            _draw_published(axis, [published_mean(attention, task) for attention in attentions])
         axis.set_title(task_name(task), loc="left", fontweight="bold")
         axis.set_xlabel("test accuracy (%) ± 2 standard errors" if len(tasks) == 1 else "test accuracy (%) ± 2 s.e.")
         axis.tick_params(axis="y", length=0)
@@ -222,17 +210,16 @@ def _draw_seeds(axis: Axes, row: int, values: pd.Series, colour) -> None:
     axis.axhline(row, color="0.92", linewidth=0.6, zorder=-1)
     axis.plot(values, [row - 0.25] * len(values), ".", color=colour, markersize=3)
     if len(values):
-        error = 2 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-        axis.errorbar(values.mean(), row, xerr=error, fmt="o", color=colour, markersize=5, linewidth=1)
+        axis.errorbar(values.mean(), row, xerr=2 * values.sem(), fmt="o", color=colour, markersize=5, linewidth=1)
 
 
-def _draw_published(axis: Axes, means: dict[int, float | None]) -> None:
+def _draw_published(axis: Axes, means: list[float | None]) -> None:
     """A hollow diamond below each line; the lowest is named."""
-    there = {row: mean for row, mean in means.items() if mean is not None}
-    for row, mean in there.items():
-        axis.plot(mean, row + 0.28, "D", color="black", markersize=3.5, markerfacecolor="white", markeredgewidth=0.8)
-    for row, mean in list(there.items())[-1:]:
-        axis.annotate("published", (mean, row + 0.28), (5, 0), textcoords="offset points", fontsize=7, va="center")
+    places = [(mean, row + 0.28) for row, mean in enumerate(means) if mean is not None]
+    for place in places:
+        axis.plot(*place, "D", color="black", markersize=3.5, markerfacecolor="white", markeredgewidth=0.8)
+    for place in places[-1:]:
+        axis.annotate("published", place, (5, 0), textcoords="offset points", va="center")
 
 
 def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
@@ -246,16 +233,17 @@ def accuracy_table(rows: pd.DataFrame, published: bool = True) -> pd.DataFrame:
                 "attention": attention,
                 "runs": len(part),
                 "mean %": round(percent.mean(), 2),
-                "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
+                "deviation": round(percent.std(), 2),
                 "switched at step": switch_span(part),
                 "seconds a run": round(run_seconds(part).median()),
-                "published mean %": _published_mean(attention, name),
+                "published mean %": published_mean(attention, name),
             }
         )
     return pd.DataFrame(lines).drop(columns=[] if published else "published mean %")
 
 
-def _published_mean(attention: str, name: str) -> float | None:
+def published_mean(attention: str, name: str) -> float | None:
+    """The published accuracy in percent of an attention on a task, if there is one."""
     return published_value("accuracy").get(attention, {}).get(name)
 
 
