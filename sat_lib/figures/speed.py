@@ -6,10 +6,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
-from . import COLUMN, PAGE, PALETTE, new
-from .labels import at_ends
+from . import COLUMN, PAGE, PALETTE, cell, document_table, new
+from .labels import at_ends, log_ticks
 from .published import published_value, task_name
 
 STEP_TASKS = ("cifar10", "agnews")  # an image and a text task: what figure and table show of the steps
@@ -61,29 +61,27 @@ def step_time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     names = ["task", "label", "attention", "compute", "phase", "step_kind", "preset", "batch", "precision"]
     drawn = rows.assign(label=step_labels(rows))[[*names, "median_ms", "low_ms", "high_ms", "peak_bytes"]]
-    shown = drawn.assign(of=[_attention_of(line) for _, line in drawn.iterrows()])
-    shown = shown.assign(ms=shown["median_ms"].astype(float), gib=shown["peak_bytes"].astype(float) / 2**30)
+    ways = zip(drawn["label"], drawn["compute"], strict=True)
+    shown = drawn.assign(
+        of=[label.removesuffix(", plain").removesuffix(f", {compute}") for label, compute in ways],
+        ms=drawn["median_ms"].astype(float),
+        gib=drawn["peak_bytes"].astype(float) / 2**30,
+    )
     tasks = [task for task in STEP_TASKS if task in set(drawn["task"])] or list(dict.fromkeys(drawn["task"]))[:2]
     shown = shown[shown["task"].isin(tasks)]
     places = list(shown.groupby("of")["ms"].min().sort_values().index)
     figure, axes = new(PAGE, 1.2 + 0.52 * len(places), 2, len(tasks), sharey=True, sharex="row")
-    panels = [(axis, shown[shown["task"] == task], name)
-              for line, name in zip(axes, ("ms", "gib"), strict=True)
-              for axis, task in zip(line, tasks, strict=True)]  # fmt: skip
-    for draw in (_step_marks, _step_values):
-        for panel in panels:
-            draw(*panel, places)
-    for column, task in enumerate(tasks):
-        axes[0, column].set_title(task_name(task))
-        axes[0, column].set_xlabel("training step (ms, median)")
-        axes[1, column].set_xlabel("peak memory of a step (GiB)")
+    labels = {"ms": "training step (ms, median)", "gib": "peak memory of a step (GiB)"}
+    for line, (name, label) in zip(axes, labels.items(), strict=True):
+        for draw in (_step_marks, _step_values):
+            for axis, task in zip(line, tasks, strict=True):
+                draw(axis, shown[shown["task"] == task], name, places)
+        for axis in line:
+            axis.set_xlabel(label)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        axis.set_title(task_name(task))
     _legend_of_ways(figure, shown)
     return figure, drawn
-
-
-def _attention_of(line: pd.Series) -> str:
-    """What a step is of, whatever computes it: its label without the rest."""
-    return line["label"].removesuffix(", plain").removesuffix(f", {line['compute']}")
 
 
 def _look(compute: str, step_kind: str, colour) -> dict:
@@ -109,8 +107,8 @@ def _step_marks(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) ->
                 axis.plot([line.low_ms, line.high_ms], [place, place], color="0.2", linewidth=0.8, zorder=1)
     axis.set(xscale="log", yticks=range(len(places)), yticklabels=places, ylim=(len(places) - 0.5, -0.8))
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.minorticks_off()
     axis.grid(axis="y", color="0.92", linewidth=0.6)
     axis.margins(x=0.06)
     sns.despine(ax=axis)
@@ -124,8 +122,7 @@ def _step_values(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) -
         for value in sorted(lines[name]):
             if (np.log(value) - last) / (high - low) > 0.13:
                 last, text = np.log(value), f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-                place = (value, places.index(label))
-                axis.annotate(text, place, (0, 4), textcoords="offset points", ha="center", fontsize=7)
+                axis.annotate(text, (value, places.index(label)), (0, 4), textcoords="offset points", ha="center")
 
 
 def over_sat(rows: pd.DataFrame) -> pd.Series:
@@ -139,24 +136,19 @@ def over_sat(rows: pd.DataFrame) -> pd.Series:
 def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = STEP_TASKS) -> pd.DataFrame:
     """Time, peak memory, and `over_sat` beside the published ratio, for some of the tasks."""
     rows = rows.assign(over=over_sat(rows), label=step_labels(rows))
-    lines = []
-    for label, part in rows.groupby("label", sort=False):
-        line = {"step of": label}
-        for name in tasks:
-            one = part[part["task"] == name]
-            line |= _step_numbers(one.iloc[0] if len(one) else None, task_name(name))
-            line[f"{task_name(name)} published"] = _ratio(_published_over_sat(part.iloc[0], name))
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def _step_numbers(row: pd.Series | None, task: str) -> dict[str, str]:
-    ms, size, over = (np.nan,) * 3 if row is None else row[["median_ms", "peak_bytes", "over"]].astype(float)
-    return {
-        f"{task} ms": _short(ms),
-        f"{task} GiB": _short(size / 2**30),
-        f"{task} time / SAT's": _ratio(over),
-    }
+    kinds = rows.drop_duplicates("label")
+    parts = [kinds["label"].rename("step of").reset_index(drop=True)]
+    for task in tasks:
+        lines = rows[rows["task"] == task].drop_duplicates("label").set_index("label").reindex(kinds["label"])
+        lines["published"] = [_published_over_sat(kind, task) for _, kind in kinds.iterrows()]
+        columns = {
+            "ms": ("median_ms", ".3g"),
+            "GiB": ("peak_bytes", ".3g", 1 / 2**30),
+            "time / SAT's": ("over", ".2f"),
+            "published": ("published", ".2f"),
+        }
+        parts.append(document_table(lines, columns).add_prefix(f"{task_name(task)} "))
+    return pd.concat(parts, axis=1)
 
 
 def _published_over_sat(row: pd.Series, task: str) -> float:
@@ -171,33 +163,27 @@ OPERATIONS = {"QK^T": ("gemm_qk", "sddmm"), "softmax": ("softmax", "sparse_softm
 
 def time_breakdown(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Forward time of the three attention operations, dense and sparse, with the ratio over each pair."""
-    speed_up = published_value("speed_up")
-    lines = [
-        {
-            "task": row["task"],
-            "dtype": row["dtype"],
-            "operation": operation,
-            "dense_ms": row[f"{dense}_ms"],
-            "sparse_ms": row[f"{sparse}_ms"],
-            "ratio": row[f"{dense}_ms"] / row[f"{sparse}_ms"],
-            "published_ratio": speed_up[operation] if row["task"] == "cifar10" else None,
-        }
-        for _, row in rows.iterrows()
-        for operation, (dense, sparse) in OPERATIONS.items()
-    ]
-    drawn = pd.DataFrame(lines)
+    parts = []
+    for operation, (dense, sparse) in OPERATIONS.items():
+        times = {"dense_ms": rows[f"{dense}_ms"], "sparse_ms": rows[f"{sparse}_ms"]}
+        parts.append(rows[["task", "dtype"]].assign(operation=operation, **times))
+    drawn = pd.concat(parts).sort_index(kind="stable", ignore_index=True)
+    drawn["ratio"] = drawn["dense_ms"] / drawn["sparse_ms"]
+    published = drawn["operation"].map(published_value("speed_up"))
+    drawn["published_ratio"] = published.where(drawn["task"] == "cifar10")
     parts = list(drawn.groupby(["dtype", "task"], sort=False))
     columns = min(4, len(parts))
-    figure, axes = new(max(COLUMN, 1.75 * columns), 2.0 * -(-len(parts) // columns), -(-len(parts) // columns), columns)
+    lines = -(-len(parts) // columns)
+    figure, axes = new(max(COLUMN, 1.75 * columns), 2.0 * lines, lines, columns)
     for axis in axes.flat[len(parts) :]:
         axis.remove()
     for axis, ((dtype, name), part) in zip(axes.flat, parts, strict=False):
         x = np.arange(len(part))
         axis.bar(x - 0.2, part["dense_ms"], 0.4, color=PALETTE["dense"], label="dense")
         axis.bar(x + 0.2, part["sparse_ms"], 0.4, color=PALETTE["sat"], label="block-sparse")
-        for place, ratio in zip(x, part["ratio"], strict=True):
-            axis.annotate(f"{ratio:.1f}x", (place, part.iloc[place][["dense_ms", "sparse_ms"]].max()), ha="center",
-                          va="bottom", fontsize=7)  # fmt: skip
+        tops = part[["dense_ms", "sparse_ms"]].max(axis=1)
+        for place, top, ratio in zip(x, tops, part["ratio"], strict=True):
+            axis.text(place, top, f"{ratio:.1f}x", ha="center", va="bottom")
         axis.set(xticks=x, xticklabels=part["operation"], title=f"{task_name(name)}, {dtype}")
         axis.margins(y=0.15)
         sns.despine(ax=axis)
@@ -219,30 +205,23 @@ def scaling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     names = ["method", "batch", "length", "density", "forward_backward_ms", "peak_bytes", "operations"]
     drawn = rows[rows["head_size"] == rows["head_size"].iloc[0]].dropna(subset="forward_backward_ms")[names].copy()
-    per_example = drawn["batch"]
-    drawn["ms_per_example"] = drawn["forward_backward_ms"] / per_example
-    drawn["mib_per_example"] = drawn["peak_bytes"] / 2**20 / per_example
-    drawn["gflop_per_example"] = drawn["operations"] / 1e9 / per_example
-    labels = {
-        "ms_per_example": "forward + backward (ms / example)",
-        "mib_per_example": "peak memory (MiB / example)",
-        "gflop_per_example": "forward GFLOP / example",
+    panels = {  # what is drawn: what it is made from, in which unit, and its title
+        "ms_per_example": ("forward_backward_ms", 1, "forward + backward (ms / example)"),
+        "mib_per_example": ("peak_bytes", 2**20, "peak memory (MiB / example)"),
+        "gflop_per_example": ("operations", 1e9, "forward GFLOP / example"),
     }
     figure, (axes,) = new(PAGE, 2.6, 1, 3)
-    for axis, (name, label) in zip(axes, labels.items(), strict=True):
-        _log_axes(axis, drawn, label)
+    for axis, (name, (measured, unit, title)) in zip(axes, panels.items(), strict=True):
+        drawn[name] = drawn[measured] / unit / drawn["batch"]
+        axis.set(yscale="log", xlabel="length L", title=title)
+        log_ticks(axis, drawn["length"])
         for method, part in drawn.groupby("method", sort=False):
             _log_points(axis, part, name, method)
-        _name_methods(axis, drawn, name)
+        last = drawn.sort_values("length").drop_duplicates("method", keep="last").dropna(subset=name)
+        ends = zip(last[name], last["method"], last["method"].map(PALETTE), strict=True)
+        at_ends(axis, ends, apart=0.085)  # where lines end at one place, their marks tell which is which
+        sns.despine(ax=axis)
     return figure, drawn
-
-
-def _log_axes(axis: Axes, drawn: pd.DataFrame, title: str) -> None:
-    lengths = sorted(set(drawn["length"]))
-    axis.set(xscale="log", yscale="log", xlabel="length L", title=title, xticks=lengths)
-    axis.set_xticklabels([f"{length / 1024:g}k" if length >= 1024 else f"{length:g}" for length in lengths])
-    axis.xaxis.set_minor_locator(NullLocator())
-    sns.despine(ax=axis)
 
 
 def _log_points(axis: Axes, part: pd.DataFrame, name: str, method: str) -> None:
@@ -257,13 +236,6 @@ def _log_points(axis: Axes, part: pd.DataFrame, name: str, method: str) -> None:
         axis.plot(part["length"], formula, "-", color=colour, linewidth=0.8)
 
 
-def _name_methods(axis: Axes, drawn: pd.DataFrame, name: str) -> None:
-    """Each method by the height of its last point; those that end at one place share it, the mark tells which."""
-    longest = drawn.sort_values("length").drop_duplicates("method", keep="last").dropna(subset=name)
-    ends = [(value, method, PALETTE[method]) for method, value in zip(longest["method"], longest[name], strict=True)]
-    at_ends(axis, ends, apart=0.085)
-
-
 # ---- the kernels beside their peers ----------------------------------------------------------------------------------
 
 
@@ -275,34 +247,17 @@ def kernel_table(lines: pd.DataFrame) -> pd.DataFrame:
 
     The ratio is that of forward and backward, in one dtype; of forward where there is no more.
     """
-    lines = lines[lines["sweep"] == "main"]
-    lines = lines.assign(products=lines["dtype"] + lines["tf32"].map({True: ", TF32"}).fillna(""))
+    lines = lines[lines["sweep"] == "main"].reset_index(drop=True)
+    lines["products"] = lines["dtype"] + lines["tf32"].map({True: ", TF32"}).fillna("")
     fused = lines[lines["method"] == "fused"].drop_duplicates("products").set_index("products")
     times = ["forward ms", "forward + backward ms"]
-    table = []
-    for _, line in lines.iterrows():
-        forward, both = line[times] / fused[times].reindex([line["products"]]).iloc[0]
-        ratio = f"{forward:.2f} (forward)" if pd.isna(both) else f"{both:.2f}"
-        forward_only = pd.isna(line["forward + backward ms"]) and pd.isna(line["note"])
-        note = "forward only" if forward_only else line["note"]
-        table.append(
-            {
-                "implementation": line["method"],
-                "dtype": line["products"],
-                "forward ms": _short(line["forward ms"]),
-                "forward x floor": _short(line["forward x floor"]),
-                "forward + backward ms": _short(line["forward + backward ms"]),
-                "forward + backward x floor": _short(line["forward + backward x floor"]),
-                "fused is faster": "-" if pd.isna(forward) else ratio,
-                "note": note if pd.isna(note) else note.replace("|", "/")[:90],
-            }
-        )
-    return pd.DataFrame(table)
-
-
-def _short(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.3g}"
-
-
-def _ratio(value: float) -> str:
-    return "-" if pd.isna(value) else f"{value:.2f}"
+    over = lines[times] / fused[times].reindex(lines["products"]).set_axis(lines.index)
+    forward, both = over["forward ms"], over["forward + backward ms"]
+    mark = np.where(both.isna() & forward.notna(), " (forward)", "")
+    lines["over fused"] = both.fillna(forward).apply(cell, form=".2f") + mark
+    measured = ["forward ms", "forward x floor", "forward + backward ms", "forward + backward x floor"]
+    columns = {"implementation": ("method",), "dtype": ("products",)}
+    columns |= {name: (name, ".3g") for name in measured} | {"fused is faster": ("over fused",)}
+    complete = lines["note"].notna() | lines["forward + backward ms"].notna()
+    notes = lines["note"].astype(object).where(complete, "forward only").str.replace("|", "/").str[:90]
+    return document_table(lines, columns).assign(note=notes)
