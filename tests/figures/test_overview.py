@@ -59,7 +59,7 @@ def test_findings_without_rows_are_dashes(frames):
 
 def test_a_difference_has_the_standard_error_of_its_means():
     line = {"task": "a", "deviation": 3.0, "runs": 9}
-    table = pd.DataFrame([line | {"name": "x", "mean": 5}, line | {"name": "y", "mean": 2}])
+    table = pd.DataFrame([line | {"name": "x", "mean %": 5}, line | {"name": "y", "mean %": 2}])
     assert overview.difference(table, {"name": "x"}, {"name": "y"}, task="a") == "+3.00 ± 1.41"
     assert overview.difference(table.assign(deviation=None), {"name": "x"}, {"name": "y"}) == "+3.00"
     assert overview.difference(table, {"name": "x"}, {"name": "z"}) == "-"
