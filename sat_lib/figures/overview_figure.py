@@ -10,13 +10,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..training.recipe import PUBLISHED
 from . import PAGE, PALETTE, ablations, new
 from .evidence import Frames, column, task_runs, where, with_sources
-from .labels import at_ends
-from .published import attention_name, published_value
+from .labels import at_ends, log_ticks
+from .published import attention_name
+from .training import published_mean
 
 TASK = "cifar10"
 SETTING = {"dtype": "bfloat16", "block": 32, "head_size": 32}
@@ -56,16 +56,18 @@ def attention_times(frames: Frames) -> pd.DataFrame:
     columns = ["method", "density", "length", "batch", "us_per_example", "over_sat"]
     if not len(rows):
         return pd.DataFrame(columns=columns)
-    rows = rows.assign(method=rows["method"].str.replace(r"^flex \d+$", "flex", regex=True))
-    rows = rows[rows["sweep"].isin(["length", "density"]) & rows["method"].isin(SPEED)]
-    rows = rows[np.isclose(rows["density"].astype(float).to_numpy()[:, None], DENSITIES).any(axis=1)]
-    rows = rows[(rows["method"] != "sdpa") | np.isclose(rows["density"].astype(float), DENSITIES[0])]
-    rows = rows.assign(us_per_example=1000 * column(rows, "forward_backward_ms") / column(rows, "batch"))
-    rows = rows.dropna(subset="us_per_example").sort_values(["sweep", "us_per_example"], ascending=[False, True])
+    rows = rows.assign(
+        method=rows["method"].str.replace(r"^flex \d+$", "flex", regex=True),
+        us_per_example=1000 * column(rows, "forward_backward_ms") / column(rows, "batch"),
+    )
+    few, more = (np.isclose(rows["density"].astype(float), density) for density in DENSITIES)
+    rows = rows[rows["sweep"].isin(["length", "density"]) & (few | more & (rows["method"] != "sdpa"))]
+    rows = rows[rows["method"].isin(SPEED)].dropna(subset="us_per_example")
+    rows = rows.sort_values(["sweep", "us_per_example"], ascending=[False, True])
     rows = rows.drop_duplicates(["method", "density", "length"])  # the sweep of lengths before that of densities
     fused = where(rows, method="fused").set_index(["length", "density"])["us_per_example"]
     same = pd.MultiIndex.from_frame(rows[["length", "density"]])
-    rows = rows.assign(over_sat=rows["us_per_example"].to_numpy() / fused.reindex(same).to_numpy())
+    rows["over_sat"] = rows["us_per_example"] / fused.reindex(same).to_numpy()
     return rows.sort_values(["method", "density", "length"])[columns]
 
 
@@ -79,19 +81,14 @@ def _draw_times(axis: Axes, times: pd.DataFrame) -> None:
         for line in few.tail(1).itertuples():
             times_sat = "" if method == "fused" or np.isnan(line.over_sat) else f"\n{line.over_sat:.1f} x SAT"
             ends.append((line.us_per_example, name + times_sat, COLOURS[method]))
-    axis.set(xscale="log", yscale="log", xticks=sorted(set(times["length"])), xlabel="sequence length")
-    axis.set(ylabel="time of one sequence (µs)", title="attention, forward + backward, bfloat16")
+    axis.set(yscale="log", xlabel="sequence length", ylabel="time of one sequence (µs)")
+    axis.set_title("attention, forward + backward, bfloat16")
+    log_ticks(axis, times["length"])
     kept = "\n".join(f"{mark} {share:.0%} kept" for mark, share in zip("●○", DENSITIES, strict=True))
-    axis.text(0.98, 0.04, kept, ha="right", color="0.3", transform=axis.transAxes, fontsize=7)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.text(0.98, 0.04, kept, ha="right", color="0.3", transform=axis.transAxes)
+    axis.yaxis.set_major_formatter("{x:g}")
     at_ends(axis, ends)
     sns.despine(ax=axis)
-
-
-def _short(length: float) -> str:
-    return f"{length / 1024:.0f}k" if length >= 1024 else f"{length:.0f}"
 
 
 # ---- accuracy --------------------------------------------------------------------------------------------------------
@@ -106,12 +103,8 @@ def accuracy_lines(frames: Frames) -> pd.DataFrame:
     """
     lines = []
     for (attention, averaged, steps), part in _runs(frames).groupby(["line", "averaged", "steps"]):
-        percent = 100 * part["test_accuracy"]
-        published = None if averaged else published_value("accuracy").get(attention, {}).get(TASK)
-        lines.append(
-            {"attention": attention, "averaged": averaged, "steps": steps, "runs": len(part), "percent": percent.mean()}
-            | {"error": percent.std(ddof=1) / np.sqrt(len(part)), "published_percent": published}
-        )
+        percent, published = 100 * part["test_accuracy"], None if averaged else published_mean(attention, TASK)
+        lines.append((attention, averaged, steps, len(part), percent.mean(), percent.sem(), published))
     columns = ["attention", "averaged", "steps", "runs", "percent", "error", "published_percent"]
     lines = pd.DataFrame(lines, columns=columns).astype({"published_percent": float})
     return lines.sort_values(["steps", "percent"], ascending=False, ignore_index=True)
@@ -132,8 +125,8 @@ def _runs(frames: Frames) -> pd.DataFrame:
         parts.append(changed.assign(line="sat, " + changed["value"])[changed["value"].isin(PAIR)])
     runs = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["line", "resolved"])
     recipes = [config["recipe"] for config in runs["resolved"]]
-    return runs.assign(averaged=[bool(recipe["average"]) for recipe in recipes],
-                       steps=[recipe["steps"] for recipe in recipes])  # fmt: skip
+    averaged = [bool(recipe["average"]) for recipe in recipes]
+    return runs.assign(averaged=averaged, steps=[recipe["steps"] for recipe in recipes])
 
 
 def _draw_accuracies(axis: Axes, lines: pd.DataFrame) -> None:
@@ -143,13 +136,13 @@ def _draw_accuracies(axis: Axes, lines: pd.DataFrame) -> None:
     for line in lines.itertuples():
         place, colour = rows.index((line.attention, line.steps)), PALETTE[line.attention.split(",")[0]]
         kind, face = ("averaged weights", "white") if line.averaged else ("ours", colour)
-        axis.errorbar(line.percent, place, xerr=line.error, fmt="s" if line.averaged else "o", color=colour,
-                      markersize=5, linewidth=1, markerfacecolor=face)  # fmt: skip
+        look = {"fmt": "s" if line.averaged else "o", "color": colour, "markerfacecolor": face}
+        axis.errorbar(line.percent, place, xerr=line.error, markersize=5, linewidth=1, **look)
         axis.plot(line.published_percent, place, "D", color="0.3", markersize=4, markerfacecolor="none", zorder=4)
         for name, value in ((kind, line.percent), ("published", line.published_percent)):
             if name not in named and not pd.isna(value):
                 named.add(name)
-                axis.annotate(name, (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+                axis.annotate(name, (value, place), (0, 5), textcoords="offset points", ha="center")
     axis.set(yticks=range(len(rows)), yticklabels=[_row_name(*row) for row in rows], ylim=(len(rows) - 0.4, -0.8))
     axis.set(xlabel="test accuracy (%), standard errors", title="CIFAR-10 (* chosen by these accuracies)")
     for place in np.flatnonzero(np.diff([steps for _, steps in rows])):
