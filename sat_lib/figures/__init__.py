@@ -22,11 +22,11 @@ from ..common import files
 from ..common.errors import require
 
 COLUMN, PAGE = 3.3, 7.0  # widths in inches: one column, the whole page
-_COLOURS = sns.color_palette("colorblind", 10)
 _NUMBERS = {"dense": 0, "sat": 1, "sat, dense phase": 2, "longformer": 3, "bigbird": 4, "lsg": 9, "materialised": 6}
-PALETTE = {name: _COLOURS[number] for name, number in _NUMBERS.items()}
-PALETTE["sat, sparse phase"] = PALETTE["fused"] = PALETTE["sat"]
-PALETTE |= {"sdpa": PALETTE["dense"], "reference": PALETTE["longformer"], "flex 64": PALETTE["bigbird"]}
+_SAME = {"sat, sparse phase": "sat", "fused": "sat", "sdpa": "dense", "reference": "longformer"}
+_SAME |= {"flex": "bigbird", "flex 64": "bigbird"}
+PALETTE = {name: sns.color_palette("colorblind")[number] for name, number in _NUMBERS.items()}
+PALETTE |= {name: PALETTE[other] for name, other in _SAME.items()}
 
 
 def style() -> None:

@@ -1,5 +1,6 @@
 """What single changes do to SAT's accuracy, as differences: a figure from rows of `ablations`."""
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -52,23 +53,16 @@ def change_lines(rows: pd.DataFrame) -> pd.DataFrame:
         task, of ("base" or "best"), group, value, runs; difference: percentage points; error: its standard error, NaN
         where one of both has a single run.
     """
+    preset = rows["group"] == "preset"
+    from_base = rows["group"].isin(FROM_BASE) | (preset & (rows["value"] == "best"))
+    of = np.select([from_base, preset], ["base", "best"], "")  # "": the layout, or the moment of the transition alone
     lines = []
-    for task, of_task in rows.groupby("task", sort=False):
-        for name, centre in CENTRES.items():
-            unchanged = 100 * centre.of(of_task)["test_accuracy"]
-            for (group, value), part in _changed(of_task, name).groupby(["group", "value"], sort=False):
-                found = gap(100 * part["test_accuracy"], unchanged)
-                if found is not None:
-                    lines.append((task, name, group, value, len(part), found.difference, found.error))
+    for key, part in rows.assign(of=of)[of != ""].groupby(["task", "of", "group", "value"], sort=False):
+        unchanged = CENTRES[key[1]].of(rows[rows["task"] == key[0]])
+        found = gap(100 * part["test_accuracy"], 100 * unchanged["test_accuracy"])
+        if found is not None:
+            lines.append((*key, len(part), found.difference, found.error))
     return pd.DataFrame(lines, columns=["task", "of", "group", "value", "runs", "difference", "error"])
-
-
-def _changed(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Rows with something changed from a centre: not the layout, nor the moment of the transition by itself."""
-    is_best = (rows["group"] == "preset") & (rows["value"] == "best")
-    if name == "best":
-        return rows[(rows["group"] == "preset") & ~is_best]
-    return rows[rows["group"].isin(FROM_BASE) | is_best]
 
 
 def change_words(group: str, value) -> str:

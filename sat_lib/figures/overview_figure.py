@@ -22,7 +22,6 @@ TASK = "cifar10"
 SETTING = {"dtype": "bfloat16", "block": 32, "head_size": 32}
 DENSITIES = (0.05, 0.25)
 SPEED = {"fused": "SAT", "flex": "FlexAttention", "sdpa": "SDPA, dense"}
-COLOURS = {"fused": PALETTE["sat"], "flex": PALETTE["flex 64"], "sdpa": PALETTE["sdpa"]}
 PAIR = ("best", "best, all blocks")  # of the ablations: nothing but the density differs
 SATS = {"sat": "SAT as published", "sat, best": 'SAT "best"*', "sat, best, all blocks": "all blocks kept*"}
 
@@ -75,12 +74,12 @@ def _draw_times(axis: Axes, times: pd.DataFrame) -> None:
     ends = []
     for method, name in SPEED.items():
         few, more = (times[(times["method"] == method) & np.isclose(times["density"], value)] for value in DENSITIES)
-        axis.plot(few["length"], few["us_per_example"], "-o", color=COLOURS[method], markersize=3.5, linewidth=1.2)
-        look = {"color": COLOURS[method], "markersize": 4, "markerfacecolor": "white"}
+        axis.plot(few["length"], few["us_per_example"], "-o", color=PALETTE[method], markersize=3.5, linewidth=1.2)
+        look = {"color": PALETTE[method], "markersize": 4, "markerfacecolor": "white"}
         axis.plot(more["length"], more["us_per_example"], "o", **look)
         for line in few.tail(1).itertuples():
             times_sat = "" if method == "fused" or np.isnan(line.over_sat) else f"\n{line.over_sat:.1f} x SAT"
-            ends.append((line.us_per_example, name + times_sat, COLOURS[method]))
+            ends.append((line.us_per_example, name + times_sat, PALETTE[method]))
     axis.set(yscale="log", xlabel="sequence length", ylabel="time of one sequence (µs)")
     axis.set_title("attention, forward + backward, bfloat16")
     log_ticks(axis, times["length"])

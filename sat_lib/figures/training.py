@@ -49,9 +49,10 @@ def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         colour, part = PALETTE[f"sat, {phase} phase"], drawn[drawn["phase"] == phase]
         shared, whole = (part[part["batch"] == batch * each] for each in (1, part["processes"]))
         for one in whole.loc[whole["processes"] == 1, "examples_per_second"] / 1000:
-            axis.plot(numbers, [one * number for number in numbers], ":", color=colour, linewidth=0.9)
-        _line(axis, whole, f"{phase} phase, {batch} each", "-o", "bottom", color=colour)
-        _line(axis, shared, f"{phase} phase, {batch} in all", "--o", "top", color=colour, markerfacecolor="white")
+            axis.plot(numbers, one * np.array(numbers), ":", color=colour, linewidth=0.9)
+        look = {"color": colour, "markersize": 4, "linewidth": 1}
+        _line(axis, whole, "-o", "bottom", label=f"{phase} phase, {batch} each", **look)
+        _line(axis, shared, "--o", "top", label=f"{phase} phase, {batch} in all", markerfacecolor="white", **look)
     axis.set(xlabel="processes", ylabel="thousand examples / s", xticks=numbers)
     axis.set_ylim(bottom=0)
     axis.margins(x=0.12)
@@ -61,13 +62,11 @@ def data_parallel(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return figure, drawn
 
 
-def _line(axis: Axes, part: pd.DataFrame, label: str, style: str, side: str, **look) -> None:
-    rates = part["examples_per_second"] / 1000
-    axis.plot(part["processes"], rates, style, label=label, markersize=4, linewidth=1, **look)
-    for line, rate in zip(part.itertuples(), rates, strict=True):
-        if line.processes > 1 and not pd.isna(line.efficiency):
-            place = line.processes, rate
-            axis.annotate(f"{line.efficiency:.0%}", place, (5, 0), textcoords="offset points", va=side)
+def _line(axis: Axes, part: pd.DataFrame, form: str, side: str, **look) -> None:
+    axis.plot(part["processes"], part["examples_per_second"] / 1000, form, **look)
+    for line in part[part["processes"] > 1].dropna(subset="efficiency").itertuples():
+        place = line.processes, line.examples_per_second / 1000
+        axis.annotate(f"{line.efficiency:.0%}", place, (5, 0), textcoords="offset points", va=side)
 
 
 def steps_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -124,18 +123,17 @@ def training(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 def _curves(axes: np.ndarray, history: pd.DataFrame, transition: float | None) -> None:
     steps = history[history["loss"].notna()]
     loss, skewness, distance = axes
-    for phase, colour in (("dense", PALETTE["sat, dense phase"]), ("sparse", PALETTE["sat"])):
-        part = steps[steps["phase"] == phase]
+    for phase in PHASES:
+        colour, part = PALETTE[f"sat, {phase} phase"], steps[steps["phase"] == phase]
         loss.plot(part["step"], part["loss"], color=colour, linewidth=0.8, label=f"{phase} phase")
     loss.set(xlabel="step", ylabel="training loss")
-    loss.legend(frameon=False)
     learning = steps[steps["skewness"].notna()]
     for axis, name in ((skewness, "skewness"), (distance, "distance")):
         for layer, line in enumerate(np.array(learning[name].tolist(), float).T):
             axis.plot(learning["step"], line, linewidth=0.8, label=f"layer {layer + 1}")
         axis.set(xlabel="step of the dense phase", ylabel=name)
-        axis.legend(frameon=False)
     for axis in axes:
+        axis.legend(frameon=False)
         if not pd.isna(transition):
             axis.axvline(transition, color="0.4", linestyle=":", linewidth=1)
         sns.despine(ax=axis)
