@@ -91,15 +91,17 @@ def cell(value, form: str = "", factor: float = 1) -> str:
     return format(factor * value, form) if form else str(value)
 
 
-def document_table(lines: pd.DataFrame, columns: dict[str, tuple]) -> pd.DataFrame:
+def document_table(lines: pd.DataFrame, columns: dict[str, str | tuple]) -> pd.DataFrame:
     """Lines as a document has them.
 
     Args:
-        columns: new name -> the column of `lines` and what `cell` takes; one that isn't there has dashes.
+        columns: new name -> a column of `lines`, or one and what `cell` takes. Of one that isn't there all is absent.
     """
     table, absent = {}, [np.nan] * len(lines)
-    for name, (column, *how) in columns.items():
-        table[name] = [cell(value, *how) for value in lines.get(column, absent)]
+    for name, column in columns.items():
+        column, *how = [column] if isinstance(column, str) else column
+        values = lines.get(column, absent)
+        table[name] = [cell(value, *how) for value in values] if how else list(values)
     return pd.DataFrame(table)
 
 

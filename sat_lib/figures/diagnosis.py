@@ -69,12 +69,12 @@ def diagnosis_table(rows: pd.DataFrame) -> pd.DataFrame:
     lines = diagnosis_lines(rows)
     last = lines[lines["step"] == lines.groupby("task")["step"].transform("max")]
     parts = last.groupby(["task", "init"], sort=False)
-    means = parts.mean().assign(runs=parts["seed"].nunique()).reset_index()
+    means = parts.mean().astype({"step": int}).assign(runs=parts["seed"].nunique()).reset_index()
     columns = {
-        "task": ("task",),
-        "W^P starts": ("init",),
-        "runs": ("runs",),
-        "step": ("step", ".0f"),
+        "task": "task",
+        "W^P starts": "init",
+        "runs": "runs",
+        "step": "step",
         "mass kept %": ("mass_kept", ".1f", 100),
         "best layout %": ("best_mass", ".1f", 100),
         "nearest of the form %": ("form_mass", ".1f", 100),

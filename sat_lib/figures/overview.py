@@ -126,8 +126,8 @@ def attention_speed(lines: pd.DataFrame) -> pd.DataFrame:
     lines = pd.concat([fused[np.isclose(shapes, wanted).all(axis=1)].head(1) for wanted in SHAPES])
     sides = lines[["batch", "heads", "length", "head_size"]].itertuples(index=False)
     columns = {
-        "batch x heads x length x head size": ("shape",),
-        "density": ("share",),
+        "batch x heads x length x head size": "shape",
+        "density": "share",
         "SAT ms": ("forward + backward ms", ".3g"),
         "SDPA / SAT": ("sdpa", ".2f"),
         "FlexAttention / SAT": ("flex", ".2f"),

@@ -256,8 +256,8 @@ def kernel_table(lines: pd.DataFrame) -> pd.DataFrame:
     mark = np.where(both.isna() & forward.notna(), " (forward)", "")
     lines["over fused"] = both.fillna(forward).apply(cell, form=".2f") + mark
     measured = ["forward ms", "forward x floor", "forward + backward ms", "forward + backward x floor"]
-    columns = {"implementation": ("method",), "dtype": ("products",)}
-    columns |= {name: (name, ".3g") for name in measured} | {"fused is faster": ("over fused",)}
-    complete = lines["note"].notna() | lines["forward + backward ms"].notna()
-    notes = lines["note"].astype(object).where(complete, "forward only").str.replace("|", "/").str[:90]
-    return document_table(lines, columns).assign(note=notes)
+    columns = {"implementation": "method", "dtype": "products"}
+    columns |= {name: (name, ".3g") for name in measured} | {"fused is faster": "over fused", "note": "note"}
+    complete = lines["note"].notna() | both.notna()
+    lines["note"] = lines["note"].astype(object).where(complete, "forward only").str.replace("|", "/").str[:90]
+    return document_table(lines, columns)

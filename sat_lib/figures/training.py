@@ -72,9 +72,9 @@ def _line(axis: Axes, part: pd.DataFrame, form: str, side: str, **look) -> None:
 def steps_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per phase, number of processes and batch."""
     columns = {
-        "phase": ("phase",),
-        "processes": ("processes",),
-        "batch": ("batch",),
+        "phase": "phase",
+        "processes": "processes",
+        "batch": "batch",
         "step ms": ("median_ms", ".3g"),
         "examples / s": ("examples_per_second", ",.0f"),
         "efficiency": ("efficiency", ".2f"),
@@ -92,7 +92,7 @@ def runs_table(rows: pd.DataFrame) -> pd.DataFrame:
         "switched at step": ("transition_step", ".0f"),
         "test %": ("test_accuracy", ".2f", 100),
         "seconds": ("wall_seconds", ".0f"),
-        "same step, layouts and weights in all": ("same",),
+        "same step, layouts and weights in all": "same",
     }
     return document_table(runs.assign(same=np.where(agree(runs), "yes", "no")), columns)
 
