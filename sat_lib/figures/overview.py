@@ -67,7 +67,7 @@ def _best(frames: Frames) -> str:
     """Against the others as published, and with the average of the weights that "best" has."""
     table = where(ablations.best_table(frames), task="CIFAR-10")
     names = ("dense", "dense, averaged", "longformer, averaged")
-    dense, averaged, longformer = (_last(where(table, attention=name), "best gains") for name in names)
+    dense, averaged, longformer = (_last(table, "best gains", attention=name) for name in names)
     return f"dense {dense}; others with its average of the weights: dense {averaged}, Longformer {longformer}"
 
 
@@ -80,8 +80,8 @@ def _steps(frames: Frames) -> str:
     }
     columns, told = [f"{task} time / SAT's" for task in TASKS], []
     for kind, label in kinds.items():
-        line = where(table, **{"step of": kind})
-        told.append(f"{label} {', '.join(_last(line, column) for column in columns)}")
+        cells = [_last(table, column, **{"step of": kind}) for column in columns]
+        told.append(f"{label} {', '.join(cells)}")
     return "; ".join(told)
 
 
@@ -105,7 +105,8 @@ def difference(table: pd.DataFrame, one: dict, other: dict, **both) -> str:
     return Gap(mean - other, np.sqrt((deviations**2 / runs).sum()), tuple(runs)).numbers
 
 
-def _last(lines: pd.DataFrame, column: str) -> str:
+def _last(table: pd.DataFrame, column: str, **equal) -> str:
+    lines = where(table, **equal)
     return lines[column].iloc[-1] if len(lines) else "-"
 
 

@@ -258,6 +258,6 @@ def kernel_table(lines: pd.DataFrame) -> pd.DataFrame:
     measured = ["forward ms", "forward x floor", "forward + backward ms", "forward + backward x floor"]
     columns = {"implementation": "method", "dtype": "products"}
     columns |= {name: (name, ".3g") for name in measured} | {"fused is faster": "over fused", "note": "note"}
-    complete = lines["note"].notna() | both.notna()
+    complete = lines["note"].notna() | lines["forward + backward ms"].notna()
     lines["note"] = lines["note"].astype(object).where(complete, "forward only").str.replace("|", "/").str[:90]
     return document_table(lines, columns)

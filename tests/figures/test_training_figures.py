@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sat_lib import figures
 from sat_lib.figures import labels, training
 from sat_lib.figures.published import published_value
 
@@ -46,9 +47,22 @@ def test_the_axis_of_accuracies_is_cut_and_the_published_means_can_be_left_out(r
 
 
 def test_labels_at_the_ends_of_lines_are_moved_apart_in_their_order_and_stay_beside_the_panel():
-    _, ((axis,),) = training.new(2, 2)
+    _, ((axis,),) = figures.new(2, 2)
     axis.set_ylim(0, 10)
     labels.at_ends(axis, [(10, "first", "black"), (9.9, "second", "black"), (2, "third", "black")])
     found = {text.get_text(): text.get_position()[1] for text in axis.texts}
     assert found["first"] == pytest.approx(1) and found["third"] == pytest.approx(0.2)
     assert found["second"] == pytest.approx(1 - 0.13)
+
+
+def test_an_axis_of_lengths_has_a_tick_at_each_and_no_others():
+    _, ((axis,),) = figures.new(2, 2)
+    labels.log_ticks(axis, [2048, 512, 2048, 1024])
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["512", "1k", "2k"]
+    assert axis.get_xscale() == "log" and not len(axis.xaxis.get_minorticklocs())
+
+
+def test_a_document_has_dashes_where_numbers_are_absent():
+    lines = pd.DataFrame({"runs": [1, 2], "share": [0.1234, None]}, index=[7, 3])
+    table = figures.document_table(lines, {"runs": "runs", "share %": ("share", ".1f", 100), "ms": ("ms", ".2f")})
+    assert table.to_dict("list") == {"runs": [1, 2], "share %": ["12.3", "-"], "ms": ["-", "-"]}
