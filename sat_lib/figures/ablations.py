@@ -41,37 +41,27 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         empty_rows, at the transition. transition_step: mean. step_ms: of the sparse phase (of the dense one where there
         is none), by the clock, without evaluations.
     """
-    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows))
-    rows["value"] = rows["value"].astype(object)
+    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows), value=rows["value"].astype(object))
     means = ["mass_kept", "density", "distinct_columns", "diagonal", "empty_rows", "transition_step", "step_ms"]
-    lines = []
-    for (task, group, value), part in rows.groupby(["task", "group", "value"], sort=False):
-        found = {name: part[name].astype(float).mean() for name in means}
-        deviation = part["percent"].std(ddof=1) if len(part) > 1 else np.nan
-        lines.append(
-            {"task": task, "group": group, "value": value, "runs": len(part), "percent": part["percent"].mean()}
-            | {"deviation": deviation}
-            | found
-        )
-    return pd.DataFrame(lines)
+    parts = rows.astype(dict.fromkeys(means, float)).groupby(["task", "group", "value"], sort=False)
+    lines = parts["percent"].agg(runs="size", percent=pd.Series.mean, deviation=pd.Series.std)
+    return lines.join(parts[means].agg(pd.Series.mean)).reset_index()
 
 
-def step_ms(rows: pd.DataFrame) -> list[float]:
+def step_ms(rows: pd.DataFrame) -> pd.Series:
     """Milliseconds of a step of each run's last phase."""
-    found = []
-    for row in _each(rows):
-        steps, at, seconds = _steps(row), row["transition_step"], row["seconds"]
-        sparse = not pd.isna(at) and seconds["sparse"] > 0
-        found.append(1000 * seconds["sparse"] / (steps - at - 1) if sparse else 1000 * seconds["dense"] / steps)
-    return found
+    seconds, at, steps = pd.DataFrame(rows["seconds"].tolist(), rows.index), rows["transition_step"], _steps(rows)
+    sparse_ms = 1000 * seconds["sparse"] / (steps - at.astype(float) - 1)
+    return sparse_ms.where(at.notna() & (seconds["sparse"] > 0), 1000 * seconds["dense"] / steps)
 
 
-def _each(rows: pd.DataFrame) -> list[pd.Series]:
-    return [row for _, row in rows.iterrows()]
+def _steps(rows: pd.DataFrame) -> pd.Series:
+    return rows["history"].map(lambda history: max(_dev_losses(history)))
 
 
-def _steps(row: pd.Series) -> int:
-    return max(line["step"] for line in row["history"] if "dev_accuracy" in line)
+def _dev_losses(history: list[dict]) -> dict[int, float]:
+    """Of a run's evaluations, by step."""
+    return {line["step"]: line["dev_loss"] for line in history if "dev_loss" in line}
 
 
 # ---- 06: ablations ---------------------------------------------------------------------------------------------------
@@ -88,15 +78,14 @@ def switches(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, pd.DataFr
 def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
     """`summary` for a document, in the order of the groups, the best of a group first."""
     lines = summary(rows)
-    order = {group: number for number, group in enumerate(dict.fromkeys(lines["group"]))}
-    lines = lines.assign(order=lines["group"].map(order)).sort_values(
-        ["task", "order", "percent"], ascending=[False, True, False], ignore_index=True
-    )
+    order = pd.Categorical(lines["group"], lines["group"].unique())
+    lines = lines.assign(group=order)
+    lines = lines.sort_values(["task", "group", "percent"], ascending=[False, True, False], ignore_index=True)
     number = lambda name, form, factor=1: _texts(factor * lines[name].astype(float), form)
     return pd.DataFrame(
         {
             "task": [task_name(task) for task in lines["task"]],
-            "changed": lines["group"],
+            "changed": lines["group"].astype(object),
             "to": [number_text(value) for value in lines["value"]],
             "runs": lines["runs"],
             "test %": number("percent", ".2f"),
@@ -127,26 +116,25 @@ def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
             dense = pd.concat([forced, of_task[of_task["group"] == "dense"]])
             parts = [(f"{step:.0f}", part) for step, part in forced.groupby("transition_step")]
             for label, part in [*parts, *rules.groupby("value", sort=False)]:
-                place = {"task": task_name(task), "of": name, "step or rule": label}
-                lines.append(place | _switch_line(part, best, dense))
+                ours, most = 100 * part["test_accuracy"], 100 * best["test_accuracy"]
+                ahead = pd.Series([look_ahead(run, dense) for _, run in part.iterrows()], dtype=float)
+                lines.append(
+                    {
+                        "task": task_name(task),
+                        "of": name,
+                        "step or rule": label,
+                        "switched at step": switch_span(part),
+                        **_accuracy(ours),
+                        "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
+                        "dev loss less dense": _text(ahead.mean(), "+.3f"),
+                    }
+                )
     return pd.DataFrame(lines)
-
-
-def _switch_line(part: pd.DataFrame, best: pd.DataFrame, dense: pd.DataFrame) -> dict:
-    ours, most = 100 * part["test_accuracy"], 100 * best["test_accuracy"]
-    ahead = [loss for run in _each(part) if (loss := look_ahead(run, dense)) is not None]
-    return {
-        "switched at step": switch_span(part),
-        **_accuracy(ours),
-        "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
-        "dev loss less dense": f"{np.mean(ahead):+.3f}" if ahead else "-",
-    }
 
 
 def _accuracy(percent: pd.Series) -> dict:
     """The part of a document's line that tells of some runs' test accuracies."""
-    deviation = f"{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
-    return {"runs": len(percent), "test %": f"{percent.mean():.2f}", "deviation": deviation}
+    return {"runs": len(percent), "test %": f"{percent.mean():.2f}", "deviation": _text(percent.std(), ".2f")}
 
 
 def look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
@@ -155,24 +143,19 @@ def look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
     Soon: at the first evaluation at least one interval after it. None where the run didn't switch, or no other is dense
     then. A run with an average of the weights is evaluated with it, one that is dense without.
     """
-    losses, at = _dev_losses(run), run["transition_step"]
+    losses, at = _dev_losses(run["history"]), run["transition_step"]
     then = next((step for step in sorted(losses) if step >= at + min(losses)), None)
     if then is None:
         return None
     still = (others["seed"] == run["seed"]) & (others["transition_step"].fillna(np.inf) >= then)
-    dense = [_dev_losses(other)[then] for other in _each(others[still])]
+    dense = [_dev_losses(history)[then] for history in others.loc[still, "history"]]
     return losses[then] - float(np.mean(dense)) if dense else None
-
-
-def _dev_losses(run: pd.Series) -> dict[int, float]:
-    return {line["step"]: line["dev_loss"] for line in run["history"] if "dev_accuracy" in line}
 
 
 def conclusions(rows: pd.DataFrame) -> list[str]:
     """Sentences on each task: the base and what is above and below it, and likewise the preset "best"."""
-    found = []
+    best, found = CENTRES["best"], []
     for task, of_task in rows.groupby("task", sort=False):
-        best = CENTRES["best"]
         of_best = of_task["group"].isin([best.group, *best.switches])
         for name, around in (("base", of_task[~of_best]), ("best", of_task[of_best])):
             found += _around(task_name(task), name, around)
@@ -180,21 +163,19 @@ def conclusions(rows: pd.DataFrame) -> list[str]:
 
 
 def _around(task: str, name: str, rows: pd.DataFrame) -> list[str]:
-    percent = lambda part: 100 * part["test_accuracy"]
-    centre = CENTRES[name].of(rows)
+    rows, centre = rows.assign(percent=100 * rows["test_accuracy"]), CENTRES[name].of(rows).index
     if centre.empty:
         return []
-    parts = rows.drop(index=centre.index).groupby(["group", "value"], sort=False)
-    gains = {_name(*key): gap(percent(part), percent(centre)) for key, part in parts}
-    order = sorted(gains, key=lambda changed: -gains[changed].difference)
-    above = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference > 0]
-    below = [f"{changed} {gains[changed].numbers}" for changed in order if gains[changed].difference <= 0]
-    runs = f"{len(centre)} {'run' if len(centre) == 1 else 'runs'}"
-    return [
-        f'{task}: {percent(centre).mean():.2f} % with "{name}" ({runs}).',
-        f"Above it: {'; '.join(above) or 'nothing'}.",
-        f"Below it: {'; '.join(below) or 'nothing'}.",
-    ]
+    base = rows.loc[centre, "percent"]
+    parts = rows.drop(index=centre).groupby(["group", "value"], sort=False)["percent"]
+    gains = {_name(*key): gap(percent, base) for key, percent in parts}
+    order = sorted(gains.items(), key=lambda named: -named[1].difference)
+    above, below = (
+        "; ".join(f"{changed} {gain.numbers}" for changed, gain in order if (gain.difference > 0) == more) or "nothing"
+        for more in (True, False)
+    )
+    runs = f"{len(base)} {'run' if len(base) == 1 else 'runs'}"
+    return [f'{task}: {base.mean():.2f} % with "{name}" ({runs}).', f"Above it: {above}.", f"Below it: {below}."]
 
 
 def _name(group: str, value) -> str:
@@ -206,7 +187,11 @@ def number_text(value) -> str:
 
 
 def _texts(values: pd.Series, form: str) -> list[str]:
-    return ["-" if pd.isna(value) else format(value, form) for value in values]
+    return [_text(value, form) for value in values]
+
+
+def _text(value: float, form: str) -> str:
+    return "-" if pd.isna(value) else format(value, form)
 
 
 # ---- 06: the preset "best" -------------------------------------------------------------------------------------------
@@ -222,17 +207,18 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     best = frames["best"]
     if best.empty:
         return pd.DataFrame()
-    rows = pd.concat([frame for frame in (frames["accuracy"], frames["accuracy_short"], best) if len(frame)])
-    rows["method"] = methods(rows)
-    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows), steps=list(map(_steps, _each(rows))))
+    rows = pd.concat([frame for frame in (best, frames["accuracy"], frames["accuracy_short"]) if len(frame)])
+    rows = rows.reset_index(drop=True).assign(percent=100 * rows["test_accuracy"].to_numpy())
+    rows = rows.assign(method=methods(rows), steps=_steps(rows), step_ms=step_ms(rows))
     lines = []
-    for task, steps in dict.fromkeys(zip(best["task"], map(_steps, _each(best)), strict=True)):
-        of_task = rows[(rows["task"] == task) & (rows["steps"] == steps)]
+    for (task, steps), of_task in rows.groupby(["task", "steps"], sort=False):
+        if "best" not in set(of_task["experiment"]):
+            continue
+        parts = of_task.groupby("method")
         ours = of_task.loc[of_task["method"] == "sat, best", "percent"]
-        means = of_task.groupby("method")["percent"].mean().sort_values(ascending=False)
-        for method in means.index:
-            part = of_task[of_task["method"] == method]
-            fast, gain = part.loc[part["step_kind"] == "fast", "step_ms"], gap(ours, part["percent"])
+        for method in parts["percent"].mean().sort_values(ascending=False).index:
+            part = parts.get_group(method)
+            gain = gap(ours, part["percent"])
             lines.append(
                 {
                     "task": task_name(task),
@@ -241,7 +227,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
                     **_accuracy(part["percent"]),
                     "best gains": "-" if method == "sat, best" or gain is None else gain.numbers,
                     "switched at step": switch_span(part),
-                    "step ms": "-" if fast.empty else f"{fast.median():.2f}",
+                    "step ms": _text(part.loc[part["step_kind"] == "fast", "step_ms"].median(), ".2f"),
                 }
             )
     return pd.DataFrame(lines)
@@ -249,7 +235,7 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def methods(rows: pd.DataFrame) -> list[str]:
     """Each row's attention, and which SAT it is, or whether its weights were averaged."""
-    return [_method(row) for row in _each(rows)]
+    return [_method(row) for _, row in rows.iterrows()]
 
 
 def _method(row: pd.Series) -> str:

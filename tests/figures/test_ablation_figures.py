@@ -15,7 +15,7 @@ def row(group, value, accuracy, seed=0, task="cifar10", at=1_000, steps=3_000, *
         **{"task": task, "attention": "sat" if sparse else "dense", "seed": seed, "group": group, "value": value},
         **{"test_accuracy": accuracy, "transition_step": float("nan") if at is None else at, "step_kind": "fast"},
         "seconds": {"dense": 10.0 if sparse else 30.0, "sparse": 0.004 * (steps - at - 1) if sparse else 0.0},
-        "history": [{"step": 0, "loss": 2.3}, {"step": steps, "dev_accuracy": 0.5}],
+        "history": [{"step": 0, "loss": 2.3}, {"step": steps, "dev_accuracy": 0.5, "dev_loss": 1.0}],
         **{"model": {}, "recipe": {}, "experiment": "ablations"},
         **{"mass_kept": 0.1, "density": 0.05, "distinct_columns": 1.0, "diagonal": 0.5, "empty_rows": 0.0},
     } | more
@@ -70,9 +70,7 @@ def test_every_layout_and_every_change_has_words_of_its_own():
     others = [each for each in VARIATIONS if each.group in groups]
     words = [changes.change_words(each.group, each.value) for each in others if each.group != "average"]
     assert len(set(words)) == len(words)
-    assert {each.value for each in VARIATIONS if each.group == "rule"} == set(
-        ablations_figure.RULES
-    )
+    assert {each.value for each in VARIATIONS if each.group == "rule"} == set(ablations_figure.RULES)
     assert changes.change_words("density", 0.0625) == "6.25 % of the blocks"
 
 
