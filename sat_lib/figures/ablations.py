@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..training.checkpoint import config_from_dict
 from ..training.recipe import best_recipe
-from . import PALETTE
+from . import PALETTE, cell, document_table
 from .judge import gap
 from .published import task_name
 from .training import switch_span
@@ -78,26 +78,23 @@ def switches(lines: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, pd.DataFr
 def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
     """`summary` for a document, in the order of the groups, the best of a group first."""
     lines = summary(rows)
-    order = pd.Categorical(lines["group"], lines["group"].unique())
-    lines = lines.assign(group=order)
-    lines = lines.sort_values(["task", "group", "percent"], ascending=[False, True, False], ignore_index=True)
-    number = lambda name, form, factor=1: _texts(factor * lines[name].astype(float), form)
-    return pd.DataFrame(
-        {
-            "task": [task_name(task) for task in lines["task"]],
-            "changed": lines["group"].astype(object),
-            "to": [number_text(value) for value in lines["value"]],
-            "runs": lines["runs"],
-            "test %": number("percent", ".2f"),
-            "deviation": number("deviation", ".2f"),
-            "switched at step": number("transition_step", ".0f"),
-            "density %": number("density", ".3g", 100),
-            "mass kept %": number("mass_kept", ".1f", 100),
-            "key blocks used %": number("distinct_columns", ".0f", 100),
-            "empty rows": number("empty_rows", ".1f"),
-            "step ms": number("step_ms", ".2f"),
-        }
-    )
+    lines = lines.assign(order=pd.factorize(lines["group"])[0], value=lines["value"].map(number_text))
+    lines = lines.sort_values(["task", "order", "percent"], ascending=[False, True, False], ignore_index=True)
+    columns = {
+        "task": ("task",),
+        "changed": ("group",),
+        "to": ("value",),
+        "runs": ("runs",),
+        "test %": ("percent", ".2f"),
+        "deviation": ("deviation", ".2f"),
+        "switched at step": ("transition_step", ".0f"),
+        "density %": ("density", ".3g", 100),
+        "mass kept %": ("mass_kept", ".1f", 100),
+        "key blocks used %": ("distinct_columns", ".0f", 100),
+        "empty rows": ("empty_rows", ".1f"),
+        "step ms": ("step_ms", ".2f"),
+    }
+    return document_table(lines.assign(task=lines["task"].map(task_name)), columns).astype({"runs": int})
 
 
 def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,7 +123,7 @@ def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
                         "switched at step": switch_span(part),
                         **_accuracy(ours),
                         "less the best step": "-" if ours.equals(most) else gap(ours, most).numbers,
-                        "dev loss less dense": _text(ahead.mean(), "+.3f"),
+                        "dev loss less dense": cell(ahead.mean(), "+.3f"),
                     }
                 )
     return pd.DataFrame(lines)
@@ -134,7 +131,7 @@ def switch_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _accuracy(percent: pd.Series) -> dict:
     """The part of a document's line that tells of some runs' test accuracies."""
-    return {"runs": len(percent), "test %": f"{percent.mean():.2f}", "deviation": _text(percent.std(), ".2f")}
+    return {"runs": len(percent), "test %": f"{percent.mean():.2f}", "deviation": cell(percent.std(), ".2f")}
 
 
 def look_ahead(run: pd.Series, others: pd.DataFrame) -> float | None:
@@ -169,13 +166,14 @@ def _around(task: str, name: str, rows: pd.DataFrame) -> list[str]:
     base = rows.loc[centre, "percent"]
     parts = rows.drop(index=centre).groupby(["group", "value"], sort=False)["percent"]
     gains = {_name(*key): gap(percent, base) for key, percent in parts}
-    order = sorted(gains.items(), key=lambda named: -named[1].difference)
-    above, below = (
-        "; ".join(f"{changed} {gain.numbers}" for changed, gain in order if (gain.difference > 0) == more) or "nothing"
-        for more in (True, False)
-    )
-    runs = f"{len(base)} {'run' if len(base) == 1 else 'runs'}"
-    return [f'{task}: {base.mean():.2f} % with "{name}" ({runs}).', f"Above it: {above}.", f"Below it: {below}."]
+    order = sorted(gains, key=lambda changed: -gains[changed].difference)
+    words = [f"{changed} {gains[changed].numbers}" for changed in order]
+    better = sum(gain.difference > 0 for gain in gains.values())
+    return [
+        f'{task}: {base.mean():.2f} % with "{name}" ({len(base)} {"run" if len(base) == 1 else "runs"}).',
+        f"Above it: {'; '.join(words[:better]) or 'nothing'}.",
+        f"Below it: {'; '.join(words[better:]) or 'nothing'}.",
+    ]
 
 
 def _name(group: str, value) -> str:
@@ -184,14 +182,6 @@ def _name(group: str, value) -> str:
 
 def number_text(value) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _texts(values: pd.Series, form: str) -> list[str]:
-    return [_text(value, form) for value in values]
-
-
-def _text(value: float, form: str) -> str:
-    return "-" if pd.isna(value) else format(value, form)
 
 
 # ---- 06: the preset "best" -------------------------------------------------------------------------------------------
@@ -207,27 +197,25 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     best = frames["best"]
     if best.empty:
         return pd.DataFrame()
-    rows = pd.concat([frame for frame in (best, frames["accuracy"], frames["accuracy_short"]) if len(frame)])
-    rows = rows.reset_index(drop=True).assign(percent=100 * rows["test_accuracy"].to_numpy())
-    rows = rows.assign(method=methods(rows), steps=_steps(rows), step_ms=step_ms(rows))
+    frames = [best, frames["accuracy"], frames["accuracy_short"]]
+    rows = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows))
     lines = []
-    for (task, steps), of_task in rows.groupby(["task", "steps"], sort=False):
+    for (task, steps), of_task in rows.groupby(["task", _steps(rows)], sort=False):
         if "best" not in set(of_task["experiment"]):
             continue
-        parts = of_task.groupby("method")
-        ours = of_task.loc[of_task["method"] == "sat, best", "percent"]
-        for method in parts["percent"].mean().sort_values(ascending=False).index:
-            part = parts.get_group(method)
-            gain = gap(ours, part["percent"])
+        parts = dict(list(of_task["percent"].groupby(methods(of_task))))
+        for method, percent in sorted(parts.items(), key=lambda named: -named[1].mean()):
+            part, gain = of_task.loc[percent.index], gap(parts.get("sat, best", percent[:0]), percent)
             lines.append(
                 {
                     "task": task_name(task),
                     "steps": steps,
                     "attention": method,
-                    **_accuracy(part["percent"]),
+                    **_accuracy(percent),
                     "best gains": "-" if method == "sat, best" or gain is None else gain.numbers,
                     "switched at step": switch_span(part),
-                    "step ms": _text(part.loc[part["step_kind"] == "fast", "step_ms"].median(), ".2f"),
+                    "step ms": cell(part.loc[part["step_kind"] == "fast", "step_ms"].median(), ".2f"),
                 }
             )
     return pd.DataFrame(lines)
