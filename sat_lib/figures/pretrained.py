@@ -5,13 +5,13 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm, to_rgb
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..attention.statistics import pool_blocks
-from . import PAGE, PALETTE, new, style
-from .labels import at_ends
+from . import PAGE, PALETTE, document_table, new, style
+from .labels import at_ends, log_ticks
 from .speed import attention_label
 
 MODEL_NAMES = {"cifar-vit": "small ViT (CIFAR-10)", "minilm": "MiniLM"}
@@ -64,7 +64,11 @@ def motivation(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             _by_moment(axis, part, name, title)
         panels[place, 0].set_ylabel(f"{row['kind']} (%)")
         if row["kind"] == "image":
-            _profile(_joined(panels[place, len(names) :]), row)
+            wide, *rest = panels[place, len(names) :]
+            wide.set_subplotspec(wide.get_gridspec()[place, len(names) :])
+            _profile(wide, row)
+            for axis in rest:
+                axis.remove()
     for axis in maps[0, 2 * len(chosen) :]:
         axis.remove()
     return figure, lines
@@ -99,30 +103,22 @@ def _by_moment(axis: Axes, part: pd.DataFrame, name: str, title: str) -> None:
     last = layers.iloc[-1]
     if last.notna().any():
         ends = {int(last.idxmin()): last.min(), int(last.idxmax()): last.max()}
-        at_ends(axis, [(value, f"layer {layer + 1}", (0.4, 0.4, 0.4)) for layer, value in ends.items()])
+        at_ends(axis, [(value, f"layer {layer + 1}", "0.4") for layer, value in ends.items()])
     sns.despine(ax=axis)
-
-
-def _joined(axes: np.ndarray) -> Axes:
-    """One panel in the place of several neighbours."""
-    figure, places = axes[0].get_figure(root=False), [axis.get_subplotspec() for axis in axes]
-    for axis in axes:
-        axis.remove()
-    row = places[0].rowspan.start
-    return figure.add_subplot(places[0].get_gridspec()[row, places[0].colspan.start : places[-1].colspan.stop])
 
 
 def _profile(axis: Axes, row: pd.Series) -> None:
     """Mean entry by distance between two patches, over all layers; ticks at the rows of the grid."""
     profiles, ends = pd.DataFrame(row["profiles"]), []
     for moment, look in MOMENTS.items():
-        some = np.array(profiles[profiles["moment"] == moment]["profile"].tolist())
-        if len(some):
-            axis.plot(some.mean(0), linewidth=0.9, **look)
-            ends.append((some.mean(0)[-1], moment, to_rgb(look["color"])))
+        some = profiles.loc[profiles["moment"] == moment, "profile"].tolist()
+        if some:
+            mean = np.mean(some, axis=0)
+            axis.plot(mean, linewidth=0.9, **look)
+            ends.append((mean[-1], moment, look["color"]))
     grid = int(row["grid"])
     axis.set(xlabel="distance (patches)", title="mean entry by distance (x mean of all)")
-    axis.set(xticks=np.arange(0, 4 * grid + 1, grid))
+    axis.set_xticks(range(0, 4 * grid + 1, grid))
     at_ends(axis, ends)
     sns.despine(ax=axis)
 
@@ -166,65 +162,55 @@ def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         sat = part[part["attention"] == "sat"]
         for (pattern, pruned), some in sat.groupby(["pattern", "pruned"], sort=False):
             colour, mark = LINES[pattern], {"zero": "o", "drop": "^"}[pruned]
-            label = f"{pattern}, pruned {pruned}"
-            axis.plot(
-                some["density"], some["accuracy_percent"], mark, markersize=3, alpha=0.7, color=colour, label=label
-            )
+            look = {"markersize": 3, "alpha": 0.7, "color": colour, "label": f"{pattern}, pruned {pruned}"}
+            axis.plot(some["density"], some["accuracy_percent"], mark, **look)
             mean = some.groupby("density")["accuracy_percent"].mean()
             axis.plot(mean.index, mean, linewidth=0.9, color=colour)
-        axis.set(xscale="log", xlabel="density", title=f"{MODEL_NAMES.get(model, model)} on {DATA_NAMES[data]}")
-        densities = sorted(set(sat["density"]))
-        axis.set_xticks(densities, [f"{density:g}" for density in densities], minor=False)
-        axis.minorticks_off()
+        axis.set(xlabel="density", title=f"{MODEL_NAMES.get(model, model)} on {DATA_NAMES[data]}")
+        log_ticks(axis, sat["density"])
         sns.despine(ax=axis)
     axes[0, 0].set_ylabel("test accuracy (%)")
-    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure, drawn
 
 
 def finetuning_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and sample deviation over seeds, mass kept, and the time of a step against dense."""
-    table = []
     keys = ["model", "data", "attention", "pattern", "pruned", "density"]
-    filled = rows.assign(
-        **{name: rows[name].astype(object).where(rows["attention"] == "sat", "-") for name in keys[3:]}
+    of_sat, dense_ms = rows["attention"] == "sat", rows["step_ms"].where(rows["attention"] == "dense")
+    lines = rows.assign(
+        **{name: rows[name].astype(object).where(of_sat, "-") for name in keys[3:]},
+        percent=100 * rows["test_accuracy"],
+        kept=[100 * np.mean(mass) if isinstance(mass, list) else np.nan for mass in rows["mass_kept"]],
+        dense_ms=dense_ms.groupby([rows["model"], rows["data"]]).transform("median"),
     )
-    for values, part in filled.groupby(keys, sort=False):
-        line = dict(zip(keys, values, strict=True))
-        same = (rows["model"] == line["model"]) & (rows["data"] == line["data"]) & (rows["attention"] == "dense")
-        percent, dense_ms = 100 * part["test_accuracy"], rows[same]["step_ms"].median()
-        kept = np.array([np.mean(mass) for mass in part["mass_kept"] if isinstance(mass, list)])
-        table.append(
-            line
-            | {
-                "runs": len(part),
-                "mean %": round(percent.mean(), 2),
-                "deviation": round(percent.std(ddof=1), 2) if len(part) > 1 else None,
-                "mass kept %": round(100 * kept.mean(), 1) if len(kept) else None,
-                "step ms": f"{part['step_ms'].median():.3g}",
-                "time / dense": f"{part['step_ms'].median() / dense_ms:.2f}",
-            }
-        )
-    return pd.DataFrame(table).replace(MODEL_NAMES | DATA_NAMES)
+    columns = {
+        "runs": ("percent", "size"),
+        "mean %": ("percent", "mean"),
+        "deviation": ("percent", "std"),
+        "mass kept %": ("kept", "mean"),
+        "step ms": ("step_ms", "median"),
+        "time / dense": ("dense_ms", "first"),
+    }
+    table = lines.groupby(keys, sort=False).agg(**columns).reset_index()
+    table["time / dense"] = (table["step ms"] / table["time / dense"]).map("{:.2f}".format)
+    table["step ms"] = table["step ms"].map("{:.3g}".format)
+    return table.round({"mean %": 2, "deviation": 2, "mass kept %": 1}).replace(MODEL_NAMES | DATA_NAMES)
 
 
 def pretrained_step_table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per architecture, length and attention: time, ratio to SDPA, peak memory."""
-    table = []
-    for (architecture, length), part in rows.groupby(["architecture", "length"], sort=False):
-        sdpa = part[part["attention"] == "sdpa"]["median_ms"].median()
-        for _, row in part.iterrows():
-            density = "-" if pd.isna(row["density"]) else f"{row['density']:g}"
-            table.append(
-                {
-                    "architecture": architecture,
-                    "length": length,
-                    "attention": attention_label(row["attention"], row["phase"]),
-                    "density": density,
-                    "step ms": f"{row['median_ms']:.3g}",
-                    "time / sdpa": f"{row['median_ms'] / sdpa:.2f}",
-                    "peak GiB": f"{row['peak_bytes'] / 2**30:.3g}",
-                }
-            )
-    return pd.DataFrame(table)
+    sdpa_ms = rows["median_ms"].where(rows["attention"] == "sdpa")
+    sdpa_ms = sdpa_ms.groupby([rows["architecture"], rows["length"]]).transform("median")
+    labels = list(map(attention_label, rows["attention"], rows["phase"]))
+    columns = {
+        "architecture": ("architecture",),
+        "length": ("length",),
+        "attention": ("attention",),
+        "density": ("density", "g"),
+        "step ms": ("median_ms", ".3g"),
+        "time / sdpa": ("ratio", ".2f"),
+        "peak GiB": ("peak_bytes", ".3g", 2**-30),
+    }
+    lines = rows.assign(attention=labels, ratio=rows["median_ms"] / sdpa_ms)
+    return document_table(lines, columns).astype({"length": int})
