@@ -188,23 +188,19 @@ def measured_speed(path: Path = files.ROOT / "data/results/kernels.jsonl") -> Sp
 
     Of several devices or shapes the one with the most densities counts.
     """
-    times: dict[tuple, dict[str, dict[float, float]]] = {}
-    for row in files.read_rows(path):
-        case = row["case"]
-        if case["sweep"] != "density" or case["method"] not in ("fused", "sdpa"):
-            continue
-        shape = {name: case[name] for name in ("batch", "heads", "length", "head_size", "block", "dtype")}
-        place = times.setdefault((row["stamp"]["device"], *shape.items()), {"fused": {}, "sdpa": {}})
-        if (ms := row["result"]["forward_backward_ms"]) is not None:
-            place[case["method"]][case["density"]] = ms
-    common = {place: sorted(ms["fused"].keys() & ms["sdpa"].keys()) for place, ms in times.items()}
-    if not any(common.values()):
+    rows = [row["case"] | row["result"] | {"device": row["stamp"]["device"]} for row in files.read_rows(path)]
+    rows = pd.DataFrame([row for row in rows if row["sweep"] == "density"])
+    if rows.empty:
         return None
-    place = max(common, key=lambda place: len(common[place]))
-    ratios = tuple(times[place]["sdpa"][density] / times[place]["fused"][density] for density in common[place])
-    device, *shape = place
-    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shape)
-    return Speed(tuple(common[place]), ratios, f"{device}, forward and backward of attention alone, {words}")
+    shape = ["batch", "heads", "length", "head_size", "block", "dtype"]
+    times = rows.groupby(["device", *shape, "density", "method"], sort=False)["forward_backward_ms"].last().unstack()
+    ratios = (times.reindex(columns=["sdpa"])["sdpa"] / times.reindex(columns=["fused"])["fused"]).dropna()
+    if ratios.empty:
+        return None
+    (device, *sizes), ratios = max(ratios.groupby(["device", *shape], sort=False), key=lambda place: len(place[1]))
+    ratios = ratios.droplevel(["device", *shape]).sort_index()
+    words = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in zip(shape, sizes, strict=True))
+    return Speed(tuple(ratios.index), tuple(ratios), f"{device}, forward and backward of attention alone, {words}")
 
 
 # ---- state to view ---------------------------------------------------------------------------------------------------
@@ -252,8 +248,7 @@ def view(source: Source, state: State) -> View:
     table = pd.DataFrame(compare(attention, choices))
     speed = measured_speed()
     densities = table["density"].astype(float)
-    table["speed_up"] = [None if speed is None or pd.isna(d) else speed.at(d) for d in densities]
-    table["speed_up"] = table["speed_up"].astype(float)
+    table["speed_up"] = densities.map(speed.at, na_action="ignore").astype(float) if speed else np.nan
     table["operation_bound"] = 1 / densities
     pictures = _pictures(attention, scores, choices[state.pattern], source, state)
     measured = f"Speed-up: time of sdpa / fused, {speed.measured}." if speed else "No speed-up was measured here."
@@ -276,34 +271,30 @@ def check(source: Source, state: State) -> None:
 def _pictures(
     attention: Tensor, scores: Tensor | None, choice: Choice, source: Source, state: State
 ) -> dict[str, Picture]:
-    small, block = shrink(attention, PIXELS), state.block
     factor = -(-source.length // PIXELS)
+    block, layout, name = state.block, choice.layout, NAMES[state.pattern]
+    if scores is None:
+        resized, note = None, "none was trained here"
+    else:
+        resized, note = resize_scores(scores, source.block, block, source.length)
+    if layout is None:
+        pattern = Picture(name, None, choice.reason)
+    else:  # over the means in the layout's own blocks
+        means, kept = pool_blocks(attention, layout.block).numpy(), layout.grid.numpy()
+        kept_words = f"{layout.kept_blocks} of {kept.size} blocks of {layout.block}"
+        pattern = kept_picture(f"kept by {name}", means, kept, kept_words)
     shrunk = f"maxima of {factor} x {factor}" if factor > 1 else "every entry"
-    pooled = pool_blocks(attention, block).numpy()
-    absent = scores is None
-    resized = (None, "none was trained here") if absent else resize_scores(scores, source.block, block, source.length)
-    name = NAMES.get(state.pattern, state.pattern)
     return {
-        "map": map_picture("attention map A^s", small.numpy(), shrunk),
-        "pooled": map_picture(f"means of {block} x {block}", pooled),
-        "scores": Picture("R~", None, resized[1])
-        if resized[0] is None
-        else score_picture("R~", resized[0].numpy(), resized[1]),
-        "pattern": Picture(name, None, choice.reason)
-        if choice.layout is None
-        else _kept(f"kept by {name}", attention, choice.layout),
+        "map": map_picture("attention map A^s", shrink(attention, PIXELS).numpy(), shrunk),
+        "pooled": map_picture(f"means of {block} x {block}", pool_blocks(attention, block).numpy()),
+        "scores": Picture("R~", None, note) if resized is None else score_picture("R~", resized.numpy(), note),
+        "pattern": pattern,
     }
-
-
-def _kept(title: str, attention: Tensor, layout: BlockLayout) -> Picture:
-    """Over the means in the layout's own blocks."""
-    note = f"{layout.kept_blocks} of {layout.grid.numel()} blocks of {layout.block}"
-    return kept_picture(title, pool_blocks(attention, layout.block).numpy(), layout.grid.numpy(), note)
 
 
 def _sentence(table: pd.DataFrame, state: State) -> str:
     """The chosen pattern in words, beside the best and a random one."""
-    name, chosen = NAMES.get(state.pattern, state.pattern), table.loc[state.pattern]
+    name, chosen = NAMES[state.pattern], table.loc[state.pattern]
     best, random = (table.loc[pattern, "mass_kept"] for pattern in ("best", "random"))
     control = f"The best {100 * state.density:.3g}% for this map would hold {best:.1%}, random ones hold {random:.1%}."
     if pd.isna(chosen["density"]):

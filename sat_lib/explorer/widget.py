@@ -62,7 +62,7 @@ def _controls(source: Source) -> dict[str, widgets.Widget]:
     densities = [(f"{density:.0%}", density) for density in DENSITIES]
     most = (-(-source.length // block)) ** 2
     density = min(density for density in DENSITIES if density >= 0.05 and int(density * most) > 0)
-    names = [(NAMES.get(name, name), name) for name in PATTERNS]
+    names = [(NAMES[name], name) for name in PATTERNS]
     later = {"continuous_update": False}
     pattern = "learned" if source.block else "best"
     layers = [(str(layer + 1), layer) for layer in range(source.layers)]
@@ -114,7 +114,7 @@ def _table(patterns: pd.DataFrame) -> str:
     lines = []
     for record in patterns.to_dict("records"):
         cells = [_cell(record[name], form) for name, (_, form) in COLUMNS.items()]
-        name = html.escape(NAMES.get(record["pattern"], record["pattern"]))
+        name = html.escape(NAMES[record["pattern"]])
         body = "".join(map(cell.format, cells))
         if pd.isna(record["density"]):
             body = f'<td colspan="{len(COLUMNS)}" style="padding:0 10px; color:#666">{html.escape(record["note"])}</td>'

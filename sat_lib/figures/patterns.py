@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..attention.patterns import generate_layout
 from . import PAGE, PALETTE, new, style
+from .labels import log_ticks
 
 COLOURS = {
     "learned": PALETTE["sat"],
@@ -22,7 +23,7 @@ COLOURS = {
     "random": "0.65",
     "in use": PALETTE["sat, dense phase"],
 }
-NAMES = {"bigbird": "BigBird"}
+NAMES = {name: name for name in COLOURS} | {"bigbird": "BigBird"}
 _VIRIDIS = (mpl.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 _PALE = (mpl.colormaps["Greys"](np.linspace(0.04, 0.4, 256))[:, :3] * 255).round().astype(np.uint8)
 _NOTHING = np.uint8(205)  # grey of rows without any attention: padding
@@ -45,20 +46,23 @@ def map_picture(title: str, values: np.ndarray, note: str = "") -> Picture:
     rows = values.any(1)
     colours = np.full((*values.shape, 3), _NOTHING)
     colours[rows] = _VIRIDIS[_levels(np.sqrt(values[rows]))]
-    span = f"{values[rows].min():.3g} to {values[rows].max():.3g}" if rows.any() else "empty"
-    return Picture(title, colours, ", ".join(filter(None, [note, span])))
+    return Picture(title, colours, _with_span(note, values[rows]))
 
 
 def score_picture(title: str, scores: np.ndarray, note: str = "") -> Picture:
     """R~, colours in proportion from the smallest to the largest score."""
-    span = f"{scores.min():.3g} to {scores.max():.3g}"
-    return Picture(title, _VIRIDIS[_levels(scores)], ", ".join(filter(None, [note, span])))
+    return Picture(title, _VIRIDIS[_levels(scores)], _with_span(note, scores))
 
 
 def kept_picture(title: str, pooled: np.ndarray, kept: np.ndarray, note: str = "") -> Picture:
     """The pooled map, in colours where a block is kept and in pale greys elsewhere; both (N, N)."""
     levels = _levels(np.sqrt(pooled))
     return Picture(title, np.where(kept[..., None], _VIRIDIS[levels], _PALE[levels]), note)
+
+
+def _with_span(note: str, values: np.ndarray) -> str:
+    span = f"{values.min():.3g} to {values.max():.3g}" if values.size else "empty"
+    return f"{note}, {span}" if note else span
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
@@ -83,7 +87,7 @@ def draw_view(pictures: list[Picture], comparison: pd.DataFrame) -> Figure:
 
 def _show(axis: Axes, picture: Picture) -> None:
     axis.set(xticks=[], yticks=[], title=picture.title)
-    axis.set_xlabel(textwrap.fill(picture.note, 24), fontsize=7)
+    axis.set_xlabel(textwrap.fill(picture.note, 24))
     if picture.colours is None:
         axis.set_aspect("equal")
         axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", va="center", color="0.5")
@@ -104,8 +108,8 @@ def _bars(axis: Axes, comparison: pd.DataFrame) -> None:
             axis.plot(mass, [place] * len(part), "o", color="black", markersize=1.5)
         axis.plot([density] * 2, [place - 0.42, place + 0.42], color="0.3", linestyle=":", linewidth=1)
         end = max(mass.max(), density)
-        axis.annotate(f"{mass.mean():.3g}", (end, place), (2, 0), textcoords="offset points", va="center", fontsize=7)
-    axis.set(yticks=range(len(parts)), yticklabels=[NAMES.get(name, name) for name, _ in parts])
+        axis.annotate(f"{mass.mean():.3g}", (end, place), (2, 0), textcoords="offset points", va="center")
+    axis.set(yticks=range(len(parts)), yticklabels=[NAMES[name] for name, _ in parts])
     axis.set(xlabel="mass kept (%); dotted: density", ylim=(len(parts) - 0.4, -0.6))
     axis.margins(x=0.2)
     sns.despine(ax=axis)
@@ -128,8 +132,9 @@ def patterns(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     for line, moment in zip(axes, shown, strict=True):
         for axis, picture in zip(line, row_pictures(run, moment), strict=True):
             _show(axis, picture)
-        line[0].set_ylabel(f"step {moment['step']}, {moment['phase']} phase", fontsize=7)
-    _charts(below.subplots(1, 3, width_ratios=[1.1, 1, 1]), drawn, run)
+        line[0].set_ylabel(f"step {moment['step']}, {moment['phase']} phase")
+    _charts(*below.subplots(1, 3, width_ratios=[1.1, 1, 1]), drawn, run)
+    below.legend(*below.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure, drawn
 
 
@@ -152,25 +157,21 @@ def row_pictures(run: pd.Series, moment: dict) -> list[Picture]:
     ]
 
 
-def _charts(axes: np.ndarray, drawn: pd.DataFrame, run: pd.Series) -> None:
-    bars, over_density, over_steps = axes
-    last = drawn[drawn["step"] == drawn["step"].max()]
-    usual = pd.Series(np.isclose(drawn["asked_density"], run["density"]), drawn.index)
-    _bars(bars, last[usual[last.index]])
-    bars.set_title(f"step {last['step'].iloc[0]}")
-    for axis, name, some in ((over_density, "density", last), (over_steps, "step", drawn[usual])):
+def _charts(bars: Axes, over_density: Axes, over_steps: Axes, drawn: pd.DataFrame, run: pd.Series) -> None:
+    step, usual = drawn["step"].max(), drawn[np.isclose(drawn["asked_density"], run["density"])]
+    last = drawn[drawn["step"] == step]
+    _bars(bars, usual[usual["step"] == step])
+    bars.set_title(f"step {step}")
+    over_density.set_title(f"step {step}")
+    for axis, name, some in ((over_density, "density", last), (over_steps, "step", usual)):
         for pattern, part in some.groupby("pattern", sort=False):
             mean = (part["mass_kept"] / part["density"]).groupby(part[name]).mean()
-            label, colour = NAMES.get(pattern, pattern), COLOURS[pattern]
-            axis.plot(mean.index, mean, "o-", markersize=2.5, linewidth=0.8, color=colour, label=label)
+            look = {"markersize": 2.5, "linewidth": 0.8, "color": COLOURS[pattern], "label": NAMES[pattern]}
+            axis.plot(mean.index, mean, "o-", **look)
         axis.axhline(1, color="0.4", linestyle=":", linewidth=1)
         axis.set(xlabel=name, ylabel="mass kept / density")
         sns.despine(ax=axis)
-    densities = sorted(set(last["asked_density"]))
-    over_density.set(xscale="log", title=f"step {last['step'].iloc[0]}")
-    over_density.set_xticks(densities, [f"{density:g}" for density in densities])
-    over_density.minorticks_off()
+    log_ticks(over_density, last["asked_density"])
     if not pd.isna(run["transition_step"]):
         over_steps.axvline(run["transition_step"], color="0.4", linestyle=":", linewidth=1)
     over_steps.set_title(f"at a density of {run['density']:g}")
-    axes[1].figure.legend(*over_steps.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)

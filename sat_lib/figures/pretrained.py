@@ -84,10 +84,8 @@ def _map_and_blocks(axes: np.ndarray, row: pd.Series) -> None:
         shown = axis.imshow(image, cmap="viridis", norm=PowerNorm(0.5, 0, top), interpolation="nearest")
         bar = axis.figure.colorbar(shown, ax=axis, shrink=0.7, extend="max" if image.max() > top else "neither")
         bar.ax.set_title("x 1/L", fontsize=7, loc="left")
-        bar.ax.tick_params(labelsize=7)
         bar.locator = MaxNLocator(3, integer=True)
-        axis.set_title(title)
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], title=title)
     axes[0].set_xlabel(f"layer {row['shown_layer'] + 1}, head {row['shown_head'] + 1}")
     if row["kind"] == "text":
         axes[1].set_xlabel(f"{row['tokens']} of {row['length']} are tokens")
@@ -98,8 +96,8 @@ def _by_moment(axis: Axes, part: pd.DataFrame, name: str, title: str) -> None:
     layers = 100 * part.pivot_table(index="moment", columns="layer", values=name).reindex(MOMENTS)
     axis.plot(layers.mean(axis=1).to_numpy(), "-o", color=PALETTE["sat"], markersize=4, linewidth=1.6, zorder=3)
     axis.plot(layers.to_numpy(), color="0.65", linewidth=0.7)
-    axis.set(xticks=range(len(layers)), title=title, ylim=(-3, 103), xlim=(-0.3, len(layers) - 0.7))
-    axis.set_xticklabels(layers.index, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_xticks(range(len(layers)), layers.index, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set(title=title, ylim=(-3, 103), xlim=(-0.3, len(layers) - 0.7))
     last = layers.iloc[-1]
     if last.notna().any():
         ends = {int(last.idxmin()): last.min(), int(last.idxmax()): last.max()}
