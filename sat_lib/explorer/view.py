@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..attention.layout import BlockLayout
@@ -80,8 +80,7 @@ class RunSource:
         self._device, chosen = device, np.array(list(examples))
         self._paths = _snapshots(Path(folder))
         self.steps = tuple(sorted(self._paths))
-        state = load_checkpoint(self._paths[self.steps[0]], CPU)
-        config = config_from_dict(state["config"])
+        config = config_from_dict(load_checkpoint(self._paths[self.steps[0]], CPU)["config"])
         name, model = config.model.attention, config.model
         require(name in ("dense", "sat"), f"folder: wanted a run of 'dense' or 'sat', whose map is A^s; got {name!r}")
         require(
@@ -193,8 +192,9 @@ def measured_speed(path: Path = files.ROOT / "data/results/kernels.jsonl") -> Sp
     if rows.empty:
         return None
     shape = ["batch", "heads", "length", "head_size", "block", "dtype"]
-    times = rows.groupby(["device", *shape, "density", "method"], sort=False)["forward_backward_ms"].last().unstack()
-    ratios = (times.reindex(columns=["sdpa"])["sdpa"] / times.reindex(columns=["fused"])["fused"]).dropna()
+    times = rows.groupby(["device", *shape, "density", "method"], sort=False)["forward_backward_ms"].last()
+    times = times.unstack().reindex(columns=["sdpa", "fused"]).astype(float)
+    ratios = (times["sdpa"] / times["fused"]).dropna()
     if ratios.empty:
         return None
     (device, *sizes), ratios = max(ratios.groupby(["device", *shape], sort=False), key=lambda place: len(place[1]))
@@ -324,9 +324,6 @@ def response_ms(source: Source, states: Iterable[State]) -> list[float]:
 def png(picture: Picture) -> bytes:
     """Every entry enlarged to a square of as many whole pixels as fit into `PIXELS`; grey where there is no picture."""
     colours = np.full((1, 1, 3), 235, np.uint8) if picture.colours is None else picture.colours
-    image = Image.fromarray(colours)
-    times = max(1, PIXELS // max(image.size))
-    file = io.BytesIO()
-    enlarged = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    enlarged.save(file, "png", compress_level=1)
+    times, file = max(1, PIXELS // max(colours.shape[:2])), io.BytesIO()
+    ImageOps.scale(Image.fromarray(colours), times, Image.Resampling.NEAREST).save(file, "png", compress_level=1)
     return file.getvalue()

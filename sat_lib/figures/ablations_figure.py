@@ -27,8 +27,6 @@ LAYOUTS = {
     "correlation, largest": "learned from correlation, largest",
     "released": "learned from attention, as released",
     "calibrated": "learned from attention, calibrated",
-    "random": "random",
-    "random, balanced": "random, balanced",
     "random, changing": "random, balanced, drawn anew",
     "correlation, refreshed": "correlation, measured anew",
 }

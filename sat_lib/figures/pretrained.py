@@ -39,10 +39,7 @@ SHARES = {  # quantities by kind: name and title
 
 def metrics(rows: pd.DataFrame) -> pd.DataFrame:
     """A line per model, moment, layer and head."""
-    parts = [
-        pd.DataFrame(row["metrics"]).assign(model=row["model"], data=row["data"], kind=row["kind"])
-        for _, row in rows.iterrows()
-    ]
+    parts = [pd.DataFrame(row["metrics"]).assign(**row[["model", "data", "kind"]]) for _, row in rows.iterrows()]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -123,7 +120,6 @@ def _profile(axis: Axes, row: pd.Series) -> None:
 
 def motivation_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over layers and heads, a line per model and moment."""
-    lines = metrics(rows)
     names = {
         "small_share": "below 1/(10 L) %",
         "small_share_real": "the same, real tokens %",
@@ -135,21 +131,21 @@ def motivation_table(rows: pd.DataFrame) -> pd.DataFrame:
         "padding_mass": "padding mass %",
         "padding_share": "padding keys %",
     }
-    lines = lines.reindex(columns=["model", "data", "moment", *names])
+    lines = metrics(rows).reindex(columns=["model", "data", "moment", *names])
     table = 100 * lines.groupby(["model", "data", "moment"], sort=False).mean()
     return table.round(1).rename(columns=names).reset_index()
 
 
 # ---- 09: fine-tuning -------------------------------------------------------------------------------------------------
 
+SETTINGS = ["model", "data", "attention", "pattern", "pruned", "density"]
 LINES = {"learned": PALETTE["sat"], "pooled": PALETTE["bigbird"]}
 
 
 def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Test accuracy against density, a panel per model and data: each seed a mark, means joined; dense as a band."""
-    names = ["model", "data", "attention", "pattern", "pruned", "density", "seed", "test_accuracy", "step_ms"]
-    drawn = rows[[*names, "steps", "transition_step"]].copy()
-    drawn["accuracy_percent"] = 100 * drawn.pop("test_accuracy")
+    drawn = rows[[*SETTINGS, "seed", "step_ms", "steps", "transition_step"]]
+    drawn = drawn.assign(accuracy_percent=100 * rows["test_accuracy"])
     parts = list(drawn.groupby(["model", "data"], sort=False))
     figure, axes = new(max(3.3, 3.5 * len(parts)), 2.6, 1, len(parts))
     for axis, ((model, data), part) in zip(axes[0], parts, strict=True):
@@ -174,10 +170,9 @@ def finetuning(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 def finetuning_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and sample deviation over seeds, mass kept, and the time of a step against dense."""
-    keys = ["model", "data", "attention", "pattern", "pruned", "density"]
     of_sat, dense_ms = rows["attention"] == "sat", rows["step_ms"].where(rows["attention"] == "dense")
     lines = rows.assign(
-        **{name: rows[name].astype(object).where(of_sat, "-") for name in keys[3:]},
+        **{name: rows[name].astype(object).where(of_sat, "-") for name in SETTINGS[3:]},
         percent=100 * rows["test_accuracy"],
         kept=[100 * np.mean(mass) if isinstance(mass, list) else np.nan for mass in rows["mass_kept"]],
         dense_ms=dense_ms.groupby([rows["model"], rows["data"]]).transform("median"),
@@ -190,7 +185,7 @@ def finetuning_table(rows: pd.DataFrame) -> pd.DataFrame:
         "step ms": ("step_ms", "median"),
         "time / dense": ("dense_ms", "first"),
     }
-    table = lines.groupby(keys, sort=False).agg(**columns).reset_index()
+    table = lines.groupby(SETTINGS, sort=False).agg(**columns).reset_index()
     table["time / dense"] = (table["step ms"] / table["time / dense"]).map("{:.2f}".format)
     table["step ms"] = table["step ms"].map("{:.3g}".format)
     return table.round({"mean %": 2, "deviation": 2, "mass kept %": 1}).replace(MODEL_NAMES | DATA_NAMES)
