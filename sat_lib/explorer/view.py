@@ -77,7 +77,7 @@ class RunSource:
     """
 
     def __init__(self, folder: Path, data: Split, examples: Iterable[int] = range(16), device: torch.device = CPU):
-        self._device, chosen = device, np.array(list(examples))
+        chosen = np.array(list(examples))
         self._paths = _snapshots(Path(folder))
         self.steps = tuple(sorted(self._paths))
         config = config_from_dict(load_checkpoint(self._paths[self.steps[0]], CPU)["config"])
@@ -93,7 +93,7 @@ class RunSource:
             f"data: wanted examples of the run's {model.length} tokens; got {tokens.shape[1]}. Load the task "
             f"{config.recipe.task!r}",
         )
-        self._tokens = torch.as_tensor(tokens)
+        self._tokens = torch.as_tensor(tokens, device=device)
         self.label = f"{config.recipe.task}, {name}, seed {config.recipe.seed}"
         self.examples, self.layers, self.heads = len(chosen), model.layers, model.heads
         self.length, self.block = model.length, model.block if name == "sat" else None
@@ -101,8 +101,7 @@ class RunSource:
         self.maps = functools.lru_cache(CACHED)(self._maps)
 
     def _maps(self, step: int, example: int) -> Tensor:
-        tokens = self._tokens[example : example + 1].to(self._device)
-        return torch.stack([layer[0] for layer in encoder_maps(self._model(step), tokens)]).cpu()
+        return torch.cat(encoder_maps(self._model(step), self._tokens[example : example + 1])).cpu()
 
     @torch.no_grad()
     def scores(self, step: int, layer: int) -> Tensor | None:
@@ -295,7 +294,7 @@ def _pictures(
 def _sentence(table: pd.DataFrame, state: State) -> str:
     """The chosen pattern in words, beside the best and a random one."""
     name, chosen = NAMES[state.pattern], table.loc[state.pattern]
-    best, random = (table.loc[pattern, "mass_kept"] for pattern in ("best", "random"))
+    best, random = table.loc[["best", "random"], "mass_kept"]
     control = f"The best {100 * state.density:.3g}% for this map would hold {best:.1%}, random ones hold {random:.1%}."
     if pd.isna(chosen["density"]):
         return f"No layout for {name}: {chosen['note']}. {control}"

@@ -197,22 +197,23 @@ def best_table(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     best = frames["best"]
     if best.empty:
         return pd.DataFrame()
-    frames = [best, frames["accuracy"], frames["accuracy_short"]]
-    rows = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    parts = [best, frames["accuracy"], frames["accuracy_short"]]
+    rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
     rows = rows.assign(percent=100 * rows["test_accuracy"], step_ms=step_ms(rows))
     lines = []
     for (task, steps), of_task in rows.groupby(["task", _steps(rows)], sort=False):
         if "best" not in set(of_task["experiment"]):
             continue
-        parts = dict(list(of_task["percent"].groupby(methods(of_task))))
-        for method, percent in sorted(parts.items(), key=lambda named: -named[1].mean()):
-            part, gain = of_task.loc[percent.index], gap(parts.get("sat, best", percent[:0]), percent)
+        of_task = of_task.assign(method=methods(of_task))
+        ours = of_task.loc[of_task["method"] == "sat, best", "percent"]
+        for method, part in sorted(of_task.groupby("method"), key=lambda named: -named[1]["percent"].mean()):
+            gain = gap(ours, part["percent"])
             lines.append(
                 {
                     "task": task_name(task),
                     "steps": steps,
                     "attention": method,
-                    **_accuracy(percent),
+                    **_accuracy(part["percent"]),
                     "best gains": "-" if method == "sat, best" or gain is None else gain.numbers,
                     "switched at step": switch_span(part),
                     "step ms": cell(part.loc[part["step_kind"] == "fast", "step_ms"].median(), ".2f"),
