@@ -79,12 +79,12 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
     """`summary` for a document, in the order of the groups, the best of a group first."""
     lines = summary(rows)
     lines = lines.assign(order=pd.factorize(lines["group"])[0], value=lines["value"].map(number_text))
-    lines = lines.sort_values(["task", "order", "percent"], ascending=[False, True, False], ignore_index=True)
+    lines = lines.sort_values(["task", "order", "percent"], ascending=[False, True, False])
     columns = {
-        "task": ("task",),
-        "changed": ("group",),
-        "to": ("value",),
-        "runs": ("runs",),
+        "task": "task",
+        "changed": "group",
+        "to": "value",
+        "runs": "runs",
         "test %": ("percent", ".2f"),
         "deviation": ("deviation", ".2f"),
         "switched at step": ("transition_step", ".0f"),
@@ -94,7 +94,7 @@ def ablation_table(rows: pd.DataFrame) -> pd.DataFrame:
         "empty rows": ("empty_rows", ".1f"),
         "step ms": ("step_ms", ".2f"),
     }
-    return document_table(lines.assign(task=lines["task"].map(task_name)), columns).astype({"runs": int})
+    return document_table(lines.assign(task=lines["task"].map(task_name)), columns)
 
 
 def switch_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -197,13 +197,13 @@ def pretrained_step_table(rows: pd.DataFrame) -> pd.DataFrame:
     sdpa_ms = sdpa_ms.groupby([rows["architecture"], rows["length"]]).transform("median")
     labels = list(map(attention_label, rows["attention"], rows["phase"]))
     columns = {
-        "architecture": ("architecture",),
-        "length": ("length",),
-        "attention": ("attention",),
+        "architecture": "architecture",
+        "length": "length",
+        "attention": "attention",
         "density": ("density", "g"),
         "step ms": ("median_ms", ".3g"),
         "time / sdpa": ("ratio", ".2f"),
         "peak GiB": ("peak_bytes", ".3g", 2**-30),
     }
     lines = rows.assign(attention=labels, ratio=rows["median_ms"] / sdpa_ms)
-    return document_table(lines, columns).astype({"length": int})
+    return document_table(lines, columns)
