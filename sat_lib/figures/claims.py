@@ -7,8 +7,8 @@ A claim names its measure, in measures.py, and its rule, in judge.py.
 """
 
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +38,26 @@ def claims(path: Path = PATH) -> tuple[Claim, ...]:
 
 
 def _claim(table: dict[str, Any]) -> Claim:
-    name, keys = f"claim {table.get('text', table)!r}", {each.name: each for each in fields(Claim)}
+    name, keys = f"claim {table.get('text', table)!r}", signature(Claim).parameters
     for key in table:
         _require_known(f"{name}: key", key, keys)
-    needed = [key for key, each in keys.items() if each.default is MISSING and each.default_factory is MISSING]
-    _require_keys(name, needed, table)
-    _require_known(f"{name}: rule", table["rule"], RULES)
-    _require_known(f"{name}: measure", table["measure"], MEASURES)
-    _require_keys(f"{name}, measured by {table['measure']}", MEASURES[table["measure"]][1], table)
-    _check_names(name, table)
-    claim = Claim(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
-    try:
-        claim.published_text  # noqa: B018
-    except (InputError, LookupError, ValueError) as error:
-        raise InputError(f"{name}: {claim.shown!r} can't show {claim.published!r} ({error})") from error
-    return claim
-
-
-def _check_names(name: str, table: dict[str, Any]) -> None:
-    """What a claim is about has to be something that there is."""
+    _require_keys(name, [key for key, each in keys.items() if each.default is each.empty], table)
     attentions = published_value("attention_names")
-    known = {"tasks": TASKS, "similar": TASKS, "attention": attentions, "against": attentions, "operation": OPERATIONS}
+    known = {"rule": RULES, "measure": MEASURES, "tasks": TASKS, "similar": TASKS}
+    known |= {"attention": attentions, "against": attentions, "operation": OPERATIONS}
     for key in filter(table.__contains__, known):
         several, value = key in ("tasks", "against"), table[key]
         wanted = "a list of names" if several else "one name"
         require(isinstance(value, list) == several, f"{name}: {key}: wanted {wanted}; got {value!r}")
         for each in value if several else [value]:
             _require_known(f"{name}: {key}", each, known[key])
+    _require_keys(f"{name}, measured by {table['measure']}", MEASURES[table["measure"]][1], table)
+    claim = Claim(**table)
+    try:
+        claim.published_text  # noqa: B018
+    except (InputError, LookupError, ValueError) as error:
+        raise InputError(f"{name}: {claim.shown!r} can't show {claim.published!r} ({error})") from error
+    return claim
 
 
 def _require_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -84,8 +77,7 @@ def verdicts(frames: Frames, path: Path = PATH) -> pd.DataFrame:
 
 def verdict(claim: Claim, frames: Frames) -> dict[str, str]:
     """What the rows say of one claim."""
-    measure, _ = MEASURES[claim.measure]
-    found = measure(claim, frames)
+    found = MEASURES[claim.measure][0](claim, frames)
     return {
         "claim": claim.text,
         "command": found.command or claim.command,
@@ -102,8 +94,7 @@ def verdict(claim: Claim, frames: Frames) -> dict[str, str]:
 def verdict_table(frames: Frames) -> pd.DataFrame:
     """A line per claim, commands as code."""
     table = verdicts(frames)
-    table["command"] = [", ".join(f"`{one}`" for one in several.split(", ")) for several in table["command"]]
-    return table
+    return table.assign(command="`" + table["command"].str.replace(", ", "`, `") + "`")
 
 
 def short_table(table: pd.DataFrame) -> pd.DataFrame:

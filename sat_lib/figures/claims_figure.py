@@ -8,24 +8,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..training.recipe import PAPER_TASKS
-from . import PAGE, PALETTE, new
+from . import PAGE, PALETTE, evidence, new
 from .claims import claims, verdict
-from .evidence import (
-    Frames,
-    memory_ratios,
-    operation_ratios,
-    percent,
-    step_memory_ratios,
-    step_ratios,
-    task_runs,
-    where,
-    with_sources,
-)
-from .judge import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED, gap
-from .published import published_value, task_name
+from .evidence import Frames, percent, task_runs, where
+from .judge import IN_DIRECTION, NOT_REPRODUCED, NOT_RUN, REPRODUCED, Claim, gap
+from .published import task_name
 
-LIKE_FOR_LIKE = "through SAT's kernel"
+DRAWN = ("gain", "step_time", "operation_time", "attention_memory", "step_memory")  # measures whose claims are shown
+LIKE_FOR_LIKE, MOST = "through SAT's kernel", "the most of all cases"
 LABELS = {
     "softmax": "dense softmax",
     "SDDMM": "dense QK^T / SDDMM",
@@ -33,7 +23,7 @@ LABELS = {
     "memory, attention": "dense attention's memory",
     "memory, step": "a step's memory",
 }
-_STEP_SERIES = {
+STEP_SERIES = {
     "bigbird, transformers": "layer of transformers",
     "bigbird, library": "own gathers and products",
     "bigbird, kernel": LIKE_FOR_LIKE,
@@ -55,85 +45,61 @@ def verdict_figure(frames: Frames) -> tuple[Figure, pd.DataFrame]:
 
     Colours and marks are those of the claims' verdicts.
     """
-    frames = with_sources(frames)
-    gains, ratios = _gain_lines(frames), _ratio_lines(frames)
-    words = _words(frames)
+    frames, lines = evidence.with_sources(frames), []
+    for claim in claims():
+        if claim.measure in DRAWN:
+            common = {"published": claim.value, "word": verdict(claim, frames)["verdict"]}
+            of_claim = _gain_lines if claim.measure == "gain" else _ratio_lines
+            lines += [common | line for line in of_claim(claim, frames)]
+    columns = ["panel", "name", "series", "seed", "ours", "error", "published", "part", "word"]
+    drawn = pd.DataFrame(lines, columns=columns)
+    drawn["ours_over_published"] = (drawn["ours"] / drawn["published"]).where(drawn["panel"] == "ratio")
     figure, ((left, right),) = new(PAGE, 3.1, 1, 2, width_ratios=(1, 1.3))
-    _draw_gains(left, gains, words)
-    _draw_ratios(right, ratios, words)
+    _draw_gains(left, where(drawn, panel="accuracy"))
+    _draw_ratios(right, where(drawn, panel="ratio"))
     _legend(figure)
-    return figure, pd.concat([gains, ratios], ignore_index=True)
+    return figure, drawn.drop(columns="word")
 
 
-def _gain_lines(frames: Frames) -> pd.DataFrame:
-    """A line per task and seed of SAT, and one with mean and standard error."""
-    lines = []
-    for name in PAPER_TASKS:
-        runs = task_runs(frames, name)
-        sat, dense = percent(runs, "sat"), percent(runs, "dense")
-        common = {"panel": "accuracy", "name": task_name(name), "published": published_value("gain")[name]}
-        common["part"] = len(runs) > 0 and bool(runs["part"].all())
-        found = gap(sat, dense)
-        measured = {} if found is None else {"ours": found.difference, "error": found.error}
-        lines.append(common | {"series": "mean"} | measured)
-        if found is not None:
-            seeds = zip(runs.loc[sat.index, "seed"], sat - dense.mean(), strict=True)
-            lines += [common | {"series": "seed", "seed": seed, "ours": value} for seed, value in seeds]
-    columns = ["panel", "name", "series", "seed", "ours", "error", "published", "part"]
-    return pd.DataFrame(lines).reindex(columns=columns)
+def _gain_lines(claim: Claim, frames: Frames) -> list[dict]:
+    """A line with mean and standard error, and one per seed of SAT."""
+    runs = task_runs(frames, claim.tasks[0])
+    common = {"panel": "accuracy", "name": task_name(claim.tasks[0]), "part": bool(len(runs) and runs["part"].all())}
+    sat, dense = percent(runs, "sat"), percent(runs, "dense")
+    found = gap(sat, dense)
+    if found is None:
+        return [common | {"series": "mean"}]
+    seeds = zip(runs.loc[sat.index, "seed"], sat - dense.mean(), strict=True)
+    mean = common | {"series": "mean", "ours": found.difference, "error": found.error}
+    return [mean, *(common | {"series": "seed", "seed": seed, "ours": ours} for seed, ours in seeds)]
 
 
-def _ratio_lines(frames: Frames) -> pd.DataFrame:
-    """A line per claim and way of measuring it."""
-    lines, timed = [], where(operation_ratios(frames), task="cifar10")
-    for name in PAPER_TASKS:
-        published = published_value("bigbird_over_sat")[name]
-        for step, ratio in step_ratios(frames, name).items():
-            if step in _STEP_SERIES:
-                lines.append((f"step, {task_name(name)}", _STEP_SERIES[step], ratio.value, published))
-    for name, label in SPARSE_OPERATIONS.items():
-        published = published_value("speed_up")[name]
-        lines += [(label, row["arithmetic"], row[name], published) for _, row in timed.iterrows()]
-    most = {
-        "memory, attention": memory_ratios(frames, "materialised"),
-        "memory, step": step_memory_ratios(frames)["ratio"],
-    }
-    memory = published_value("memory")
-    lines += [(label, "the most of all cases", ratios.max(), memory) for label, ratios in most.items()]
-    drawn = pd.DataFrame(lines, columns=["name", "series", "ours", "published"]).assign(panel="ratio")
-    return drawn.assign(ours_over_published=drawn["ours"] / drawn["published"])
+def _ratio_lines(claim: Claim, frames: Frames) -> list[dict]:
+    """A line per way of measuring what a claim compares with SAT."""
+    if claim.measure == "step_time":
+        name, steps = f"step, {task_name(claim.tasks[0])}", evidence.step_ratios(frames, claim.tasks[0])
+        ours = [(STEP_SERIES[step], ratio.value) for step, ratio in steps.items() if step in STEP_SERIES]
+    elif claim.measure == "operation_time":
+        name, rows = SPARSE_OPERATIONS[claim.operation], where(evidence.operation_ratios(frames), task=claim.tasks[0])
+        ours = [(row["arithmetic"], row[claim.operation]) for _, row in rows.iterrows()]
+    elif claim.measure == "attention_memory":
+        name, ours = "memory, attention", [(MOST, evidence.memory_ratios(frames, "materialised").max())]
+    else:
+        name, ours = "memory, step", [(MOST, evidence.step_memory_ratios(frames)["ratio"].max())]
+    return [{"panel": "ratio", "name": name, "series": series, "ours": ratio} for series, ratio in ours]
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _words(frames: Frames) -> dict[str, str]:
-    """The verdict of each claim that the figure shows, by the name of its line."""
-    names = {
-        "gain": lambda claim: task_name(claim.tasks[0]),
-        "step_time": lambda claim: f"step, {task_name(claim.tasks[0])}",
-        "operation_time": lambda claim: SPARSE_OPERATIONS[claim.operation],
-        "attention_memory": lambda claim: "memory, attention",
-        "step_memory": lambda claim: "memory, step",
-    }
-    shown = [claim for claim in claims() if claim.measure in names]
-    return {names[claim.measure](claim): verdict(claim, frames)["verdict"] for claim in shown}
-
-
-def _judged(ratios: pd.DataFrame) -> pd.DataFrame:
-    """Of every name the ratio that its claim is judged by: the smallest of those that the paper could have measured."""
-    could = ratios[(ratios["series"] != LIKE_FOR_LIKE) & ratios["ours"].notna()]
-    return could.sort_values("ours").drop_duplicates("name")
-
-
-def _draw_beside(axis: Axes, lines: pd.DataFrame, words: dict[str, str], names: list[str], form: str) -> None:
+def _draw_beside(axis: Axes, lines: pd.DataFrame, names: list[str], form: str) -> None:
     """Ours joined with the published value, a row per name, in the colour of the verdict; both values at the edge."""
     for line in lines.itertuples():
-        place, (mark, colour) = names.index(line.name), WORD_MARKS[words[line.name]]
+        place, (mark, colour) = names.index(line.name), WORD_MARKS[line.word]
         if not np.isnan(line.ours):
             axis.plot([line.published, line.ours], [place, place], color=colour, linewidth=1.2, zorder=1)
             axis.errorbar(line.ours, place, xerr=line.error, color=colour, linewidth=0.8, capsize=2)
-            face = "white" if words[line.name] == NOT_RUN else colour
+            face = "white" if line.word == NOT_RUN else colour
             axis.plot(line.ours, place, mark, color=colour, markersize=5.5, markerfacecolor=face)
         axis.plot(line.published, place, **PUBLISHED_MARK)
         ours = "-" if np.isnan(line.ours) else format(line.ours, form)
@@ -144,30 +110,27 @@ def _draw_beside(axis: Axes, lines: pd.DataFrame, words: dict[str, str], names: 
     sns.despine(ax=axis)
 
 
-def _draw_gains(axis: Axes, gains: pd.DataFrame, words: dict[str, str]) -> None:
-    means, seeds = (gains[gains["series"] == series] for series in ("mean", "seed"))
+def _draw_gains(axis: Axes, gains: pd.DataFrame) -> None:
+    means, seeds = where(gains, series="mean"), where(gains, series="seed")
     names = list(means["name"])
-    _draw_beside(axis, means, words, names, "+.2f")
+    _draw_beside(axis, means, names, "+.2f")
     axis.plot(seeds["ours"], seeds["name"].map(names.index) + 0.2, **SEED_MARK)
     axis.axvline(0, color="0.6", linewidth=0.8, zorder=0)
     axis.set(yticklabels=names, xlabel="accuracy, SAT less dense (points)")
 
 
-def _draw_ratios(axis: Axes, ratios: pd.DataFrame, words: dict[str, str]) -> None:
-    names = list(dict.fromkeys(ratios["name"]))
-    _draw_beside(axis, _judged(ratios).assign(error=np.nan), words, names, ".3g")
-    same = ratios[ratios["series"] == LIKE_FOR_LIKE]
-    axis.plot(same["ours"], same["name"].map(names.index), **LIKE_FOR_LIKE_MARK)
+def _draw_ratios(axis: Axes, ratios: pd.DataFrame) -> None:
+    """By name the ratio that its claim is judged by: the smallest of those that the paper could have measured."""
+    names, same = list(ratios["name"].unique()), ratios["series"] == LIKE_FOR_LIKE
+    judged = ratios[~same].dropna(subset="ours").sort_values("ours").drop_duplicates("name")
+    _draw_beside(axis, judged, names, ".3g")
+    axis.plot(ratios.loc[same, "ours"], ratios.loc[same, "name"].map(names.index), **LIKE_FOR_LIKE_MARK)
     axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-    axis.set(xscale="log", yticklabels=list(map(_label, names)), xlabel="times as much as SAT")
+    labels = [LABELS.get(name, name.replace("step, ", "BigBird's step, ")) for name in names]
+    axis.set(xscale="log", yticklabels=labels, xlabel="times as much as SAT")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _label(name: str) -> str:
-    """What is compared with SAT, for a line's name."""
-    return LABELS.get(name, name.replace("step, ", "BigBird's step, "))
 
 
 def _legend(figure: Figure) -> None:

@@ -17,7 +17,8 @@ from .speed import OPERATIONS, step_labels
 
 SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "data_parallel", "motivation", "finetuning",
            "pretrained_step", "patterns")  # fmt: skip
-_SAME_METHOD = {"steps", "warm_up", "eval_every"}  # may differ in a row that still counts as the published method
+_SAME_METHOD = {"steps", "warm_up", "eval_every"}  # of a recipe: the published method whatever these are
+_SAME_MODEL = {"implementation"}  # of a model: how a baseline is computed doesn't matter
 _RUN = ["task", "attention", "seed", "model", "recipe"]  # what makes two runs the same
 
 Frames = dict[str, pd.DataFrame]
@@ -57,9 +58,9 @@ def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
     if not found:
         return pd.DataFrame()
     runs = pd.concat(found, ignore_index=True)
-    runs = runs[[_is_published_method(case) for _, case in runs.iterrows()]]
-    same = [files.digest([run[name] for name in _RUN]) for run in runs[_RUN].astype(object).to_dict("records")]
-    runs = runs[~pd.Series(same, runs.index, dtype=object).duplicated()]
+    same_recipe = runs["recipe"].map(lambda recipe: recipe.keys() <= _SAME_METHOD)
+    runs = runs[same_recipe & runs["model"].map(lambda model: model.keys() <= _SAME_MODEL)]
+    runs = runs[~runs[_RUN].map(files.digest).duplicated()]
     return runs.assign(part=[_is_part(run) for _, run in runs.iterrows()])
 
 
@@ -68,20 +69,19 @@ def training_commands(runs: pd.DataFrame) -> str:
     return ", ".join(bench(experiment, "task", runs["task"]) for experiment in dict.fromkeys(runs["experiment"]))
 
 
-def _is_published_method(run: pd.Series) -> bool:
-    """Neither theta nor the density nor the model was changed; how a baseline is computed doesn't matter."""
-    return set(run["recipe"]) <= _SAME_METHOD and set(run["model"]) <= {"implementation"}
-
-
 def _is_part(run: pd.Series) -> bool:
     steps = PUBLISHED[run["task"]].steps
     fewer = run["train_examples"] < WHOLE * task(run["task"]).sizes["train"]
     return bool(fewer or run["recipe"].get("steps", steps) < steps)
 
 
-def comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
-    """A task's runs on the whole data or on parts, of the setting that has most of them: others aren't mixed in."""
-    runs = where(runs, task=name, part=part)
+def _whole(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs on the whole data; where there are none, those on a part."""
+    return where(runs, part=runs["part"].all()) if len(runs) else runs
+
+
+def _comparable(runs: pd.DataFrame) -> pd.DataFrame:
+    """A task's runs of the setting that has most of them: others aren't mixed in."""
     if not len(runs):
         return runs
     settings = runs["recipe"].map(files.digest) + runs["train_examples"].astype(str)
@@ -90,16 +90,13 @@ def comparable(runs: pd.DataFrame, name: str, part: bool) -> pd.DataFrame:
 
 def task_runs(frames: Frames, name: str) -> pd.DataFrame:
     """A task's comparable runs: those on the whole data; where there are none, those on a part."""
-    runs = training_runs(frames, "accuracy", "accuracy_short")
-    whole = comparable(runs, name, part=False)
-    return whole if len(whole) else comparable(runs, name, part=True)
+    return _comparable(_whole(where(training_runs(frames, "accuracy", "accuracy_short"), task=name)))
 
 
 def switching_runs(frames: Frames, tasks: Iterable[str]) -> pd.DataFrame:
     """SAT's runs of some tasks; those on a part of the data only where there are no others."""
     runs = where(training_runs(frames, "accuracy", "training", "accuracy_short"), attention="sat")
-    runs = pd.concat([where(runs, task=name) for name in tasks])
-    return where(runs, part=runs["part"].all()) if len(runs) else runs
+    return _whole(pd.concat([where(runs, task=name) for name in tasks]))
 
 
 def percent(runs: pd.DataFrame, attention: str) -> pd.Series:
@@ -109,7 +106,7 @@ def percent(runs: pd.DataFrame, attention: str) -> pd.Series:
 
 def runs_by_one(frames: Frames, name: str) -> pd.DataFrame:
     """SAT's runs of a whole task by a single process."""
-    runs = where(comparable(training_runs(frames, "accuracy"), name, part=False), attention="sat")
+    runs = where(_comparable(where(training_runs(frames, "accuracy"), task=name, part=False)), attention="sat")
     return runs[~(column(runs, "processes") > 1)]
 
 
@@ -130,7 +127,7 @@ def rows_of(frames: Frames, *experiments: str) -> pd.DataFrame:
     kept = [part.drop(columns=["maps", "history", "seed", "task", "data_digest"], errors="ignore") for part in found]
     rows = pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
     if "data_official" in rows:
-        rows["data_official"] = rows["data_official"].astype(object).where(rows["data_official"].notna(), True)
+        rows["data_official"] = rows["data_official"].ne(False)
     rows.attrs = {name: part.attrs[name] for part in found for name in part.attrs if name == "profile"}
     return rows
 
@@ -138,22 +135,22 @@ def rows_of(frames: Frames, *experiments: str) -> pd.DataFrame:
 # ---- times and memory ------------------------------------------------------------------------------------------------
 
 
-def step_pairs(frames: Frames, name: str) -> dict[str, tuple[pd.Series, pd.Series]]:
-    """Name of a step -> its row and SAT's of a task, both fast or both plain: else the ratio would be that of the ways.
+def step_pairs(frames: Frames) -> list[tuple[pd.Series, pd.Series]]:
+    """Rows of steps, each with SAT's of its task, both fast or both plain: else the ratio would be that of the ways.
 
     Steps without such a row of SAT's sparse phase, or without a time, are left out.
     """
-    steps = where(timed_steps(frames["step"]), task=name)
+    steps, way = timed_steps(frames["step"]), ["task", "step_kind"]
     if not len(steps):
-        return {}
-    steps = steps[steps["median_ms"].notna()]
-    sat = {row["step_kind"]: row for _, row in where(steps, phase="sparse", preset="released").iterrows()}
-    return {row["name"]: (row, sat[row["step_kind"]]) for _, row in steps.iterrows() if row["step_kind"] in sat}
+        return []
+    steps = steps.dropna(subset="median_ms")
+    sat = {tuple(row[way]): row for _, row in where(steps, phase="sparse", preset="released").iterrows()}
+    return [(row, sat[tuple(row[way])]) for _, row in steps.iterrows() if tuple(row[way]) in sat]
 
 
 def step_ratios(frames: Frames, name: str) -> dict[str, Ratio]:
     """Name of a step -> its time over SAT's sparse phase, for one task."""
-    return {step: time_ratio(*pair) for step, pair in step_pairs(frames, name).items()}
+    return {row["name"]: time_ratio(row, sat) for row, sat in step_pairs(frames) if row["task"] == name}
 
 
 def operation_ratios(frames: Frames) -> pd.DataFrame:
@@ -177,13 +174,10 @@ def memory_ratios(frames: Frames, method: str) -> pd.Series:
 
 def step_memory_ratios(frames: Frames) -> pd.DataFrame:
     """A line per task and step that isn't SAT's: peak memory over that of SAT's sparse phase."""
-    lines = [
-        {"task": name, "ratio": row["peak_bytes"] / sat["peak_bytes"]} | row[["name", "attention", "compute"]].to_dict()
-        for name in dict.fromkeys(frames["step"].get("task", ()))
-        for row, sat in step_pairs(frames, name).values()
-        if row["attention"] != "sat"
-    ]
-    return pd.DataFrame(lines, columns=["task", "ratio", "name", "attention", "compute"]).dropna()
+    names = ["task", "name", "attention", "compute"]
+    pairs = [(row, sat) for row, sat in step_pairs(frames) if row["attention"] != "sat"]
+    lines = [(*row[names], row["peak_bytes"] / sat["peak_bytes"]) for row, sat in pairs]
+    return pd.DataFrame(lines, columns=[*names, "ratio"]).dropna()
 
 
 def fine_tuning_ratios(frames: Frames) -> dict[str, list[Ratio]]:

@@ -16,12 +16,8 @@ import pandas as pd
 from ..common.errors import require
 from .published import published_value
 
-REPRODUCED, IN_DIRECTION, NOT_REPRODUCED, NOT_RUN = WORDS = (
-    "reproduced",
-    "reproduced in direction",
-    "not reproduced",
-    "not run",
-)
+WORDS = ("reproduced", "reproduced in direction", "not reproduced", "not run")
+REPRODUCED, IN_DIRECTION, NOT_REPRODUCED, NOT_RUN = WORDS
 FASTER, UNCLEAR, SLOWER = PACES = ("faster beyond the quartiles", "within them", "slower")
 ENOUGH = 0.8  # of a published ratio or gain that ours has to reach to count as reproduced
 WHOLE = 0.75  # of the official training examples: with fewer, a run is one on a part of the data
@@ -98,7 +94,7 @@ class Ratio:
 
 def time_ratio(slower: pd.Series, faster: pd.Series) -> Ratio:
     """`slower`'s time over `faster`'s."""
-    low, middle, high = (float(faster[name]) for name in ("low_ms", "median_ms", "high_ms"))
+    low, middle, high = faster[["low_ms", "median_ms", "high_ms"]]
     step_kind = slower.get("step_kind", "")
     return Ratio(slower["median_ms"] / middle, slower["low_ms"] / high, slower["high_ms"] / low, step_kind)
 
@@ -114,9 +110,9 @@ class Claim:
     command: str
     figure: str
     shown: str = ""
-    tasks: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
     attention: str = ""
-    against: tuple[str, ...] = ()
+    against: Sequence[str] = ()
     operation: str = ""
     similar: str = ""
     one_answer: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -227,11 +223,10 @@ def judge_gain(found: Gap | None, published: float = 0.0) -> str:
 
 def judge_order(gaps: Iterable[Gap | None]) -> str:
     """Of "before all the others": the worst of the single comparisons; one that isn't there leaves the direction."""
-    words = [judge_gain(found) for found in gaps]
-    measured = [word for word in words if word != NOT_RUN]
-    if not measured:
+    words = {judge_gain(found) for found in gaps}
+    if words <= {NOT_RUN}:
         return NOT_RUN
-    return _word(set(words) == {REPRODUCED}, NOT_REPRODUCED not in measured)
+    return _word(words == {REPRODUCED}, NOT_REPRODUCED not in words)
 
 
 def all_or_none(holds: Iterable[bool]) -> str:
@@ -239,9 +234,8 @@ def all_or_none(holds: Iterable[bool]) -> str:
     return _word(all(holds), False)
 
 
-def all_hold(holds: Iterable[bool]) -> str:
+def all_hold(holds: Sequence[bool]) -> str:
     """Of what holds everywhere, somewhere or nowhere."""
-    holds = list(holds)
     return _word(all(holds), any(holds))
 
 

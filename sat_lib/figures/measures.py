@@ -9,27 +9,8 @@ import pandas as pd
 from ..datasets.tasks import task
 from ..model.encoder import Encoder
 from ..training.recipe import model_config
-from .evidence import (
-    Frames,
-    column,
-    fine_tuning_ratios,
-    kernel_rows,
-    last_masses,
-    masses_at_transition,
-    memory_ratios,
-    operation_ratios,
-    percent,
-    runs_by_most,
-    runs_by_one,
-    step_memory_ratios,
-    step_ratios,
-    switching_runs,
-    task_runs,
-    timed_steps,
-    training_commands,
-    training_runs,
-    where,
-)
+from . import evidence
+from .evidence import Frames, column, percent, task_runs, where
 from .judge import PACES, Claim, Finding, Gap, Ratio, bench, gap, mean, span, told
 from .published import attention_name, published_value, task_name
 from .speed import OPERATIONS
@@ -60,22 +41,21 @@ def parameter_counts(claim: Claim, frames: Frames) -> Finding:
 @measure("tasks")
 def switching(claim: Claim, frames: Frames) -> Finding:
     """Whether SAT's own test ended the dense phase, and when, over all seeds."""
-    runs = switching_runs(frames, claim.tasks)
+    runs = evidence.switching_runs(frames, claim.tasks)
     if not len(runs):
         return Finding()
-    part, names, steps = runs["part"].all(), list(dict.fromkeys(runs["task"])), column(runs, "transition_step").dropna()
+    part, names, steps = runs["part"].all(), runs["task"].unique(), column(runs, "transition_step").dropna()
     within = steps.between(claim.value["first"], claim.value["last"])
     outside, last = steps[~within], max(recipe.get("steps", 0) for recipe in runs["recipe"])
-    similar = where(training_runs(frames, "accuracy", "accuracy_short"), task=claim.similar, attention="sat")
+    similar = where(evidence.training_runs(frames, "accuracy", "accuracy_short"), task=claim.similar, attention="sat")
     counted = f"On {'parts of ' if part else ''}{' and '.join(map(task_name, names))} "
-    counted += f"{len(steps)} of {len(runs)} runs switched" + told(
-        ", {1} of them within the published range", len(steps), str(within.sum())
-    )
+    counted += f"{len(steps)} of {len(runs)} runs switched"
+    counted += f", {within.sum()} of them within the published range" if len(steps) else ""
     counted += told(" and {} outside it, at step {}", len(outside), span(outside, ",.0f"))
     too_short = told("their {:,} steps end before the published range", part and last < claim.value["first"] and last)
     other = told("{1}, with the same recipe: {2}", len(similar), task_name(claim.similar), _switches(similar))
     found = {"runs": len(runs), "switched": len(steps), "within": within.sum()}
-    command = ", ".join(training_commands(where(runs, task=name)) for name in names)
+    command = ", ".join(evidence.training_commands(where(runs, task=name)) for name in names)
     return Finding(runs, _switches(runs), [counted, too_short, other], found, judged=not part, command=command)
 
 
@@ -108,13 +88,11 @@ def least_accurate(claim: Claim, frames: Frames) -> Finding:
 @measure("tasks", "attention", "against")
 def gain(claim: Claim, frames: Frames) -> Finding:
     """An attention's accuracy less another's."""
-    runs, (other,) = task_runs(frames, claim.tasks[0]), claim.against
-    gaps = {other: gap(percent(runs, claim.attention), percent(runs, other))}
-    compared = f"{attention_name(claim.attention)} is at {_against(gaps)}"
-    finding = _accuracy(claim, frames, runs, gaps, compared, str(gaps[other]))
-    if finding.judged and gaps[other]:
-        finding = replace(finding, reasons=[gaps[other].beside(claim.value), *finding.reasons[1:]])
-    return replace(finding, numbers={"found": gaps[other], "published": claim.value})
+    finding = most_accurate(claim, frames)
+    (found,) = finding.numbers.get("gaps", [None])
+    if finding.judged and found:
+        finding = replace(finding, ours=str(found), reasons=[found.beside(claim.value), *finding.reasons[1:]])
+    return replace(finding, numbers={"found": found, "published": claim.value})
 
 
 def _accuracy(
@@ -132,9 +110,8 @@ def _accuracy(
         ours, reason = _means(runs), "The runs to compare these with aren't there yet"
     never = column(where(runs, attention="sat"), "transition_step").isna().sum()
     never = told("{} of SAT's runs never switched and {} all the same", never, "count" if never > 1 else "counts")
-    official = runs["data_official"].astype(bool).all()
-    unofficial = "" if official else "the data lack the official archive's checksum"
-    reasons, command = [reason, never, unofficial, similar], training_commands(runs)
+    unofficial = told("the data lack the official archive's checksum", not runs["data_official"].astype(bool).all())
+    reasons, command = [reason, never, unofficial, similar], evidence.training_commands(runs)
     return Finding(runs, ours, reasons, {"gaps": list(gaps.values())}, judged=not part, command=command)
 
 
@@ -167,25 +144,25 @@ COMPUTES = {"transformers": "layer of transformers", "library": "gathers and pro
 @measure("tasks", "attention", "against")
 def step_time(claim: Claim, frames: Frames) -> Finding:
     """How many times as long as SAT's a step takes; judged by the implementations that the paper could use."""
-    steps, ratios = where(timed_steps(frames["step"]), task=claim.tasks[0]), step_ratios(frames, claim.tasks[0])
-    name, kernel = claim.attention, f"{claim.attention}, kernel"
-    labels = {f"{name}, {compute}": label for compute, label in COMPUTES.items()}
-    compared = [step for step in labels if step in ratios and step != kernel]
+    steps = where(evidence.timed_steps(frames["step"]), task=claim.tasks[0])
+    ratios = evidence.step_ratios(frames, claim.tasks[0])
+    labels = {f"{claim.attention}, {compute}": label for compute, label in COMPUTES.items()}
+    *others, kernel = labels
+    compared = [step for step in others if step in ratios]
     if not compared:
         return Finding()
     least = min(compared, key=lambda step: ratios[step].value)
     ours = "; ".join(f"{label} {ratios[step]}" for step, label in labels.items() if step in ratios)
     alone = ", ".join(label for step, label in labels.items() if step in set(steps["name"]) - ratios.keys())
-    patterns = {kernel: f"{attention_name(name)}'s pattern"}
+    ours += told("; {}: not measured in the same way as SAT", alone)
+    patterns = {kernel: f"{attention_name(claim.attention)}'s pattern"}
     patterns |= {f"{other}, kernel": f"{attention_name(other)}'s" for other in claim.against}
-    patterns = " and ".join(_times(ratios, patterns))
-    dense = _times(ratios, {"dense": "a dense step takes", "sat, dense phase": "one of SAT's dense phase"})
+    dense = {"dense": "a dense step takes", "sat, dense phase": "one of SAT's dense phase"}
     reasons = [
         f"Judged by {'the smaller ratio, ' if len(compared) > 1 else ''}that of the {labels[least]}",
-        told("the pattern alone, through SAT's own kernel: {} times", patterns),
-        ", ".join(f"{text} times" for text in dense),
+        told("the pattern alone, through SAT's own kernel: {} times", " and ".join(_times(ratios, patterns))),
+        ", ".join(f"{text} times" for text in _times(ratios, dense)),
     ]
-    ours += told("; {}: not measured in the same way as SAT", alone)
     return Finding(steps, ours, reasons, {"ours": ratios[least].value, "published": claim.value})
 
 
@@ -196,14 +173,15 @@ def _times(ratios: dict[str, Ratio], labels: dict[str, str]) -> list[str]:
 @measure("tasks", "operation")
 def operation_time(claim: Claim, frames: Frames) -> Finding:
     """How many times as long as its block-sparse form a dense operation takes, in both precisions."""
-    rows, (dense, sparse) = where(operation_ratios(frames), task=claim.tasks[0]), OPERATIONS[claim.operation]
+    rows, (dense, sparse) = where(evidence.operation_ratios(frames), task=claim.tasks[0]), OPERATIONS[claim.operation]
     ratios = column(rows, claim.operation).dropna()
     if not len(ratios):
         return Finding()
     rows = rows.loc[ratios.index]
-    copy = column(kernel_rows(frames, "copy"), "bandwidth_tb_s").dropna()
-    floors = column(rows, f"{sparse}_floor_bytes") / (1e9 * copy.iloc[0] if len(copy) else np.nan)
-    beside_floor = (column(rows, f"{sparse}_ms") / floors).dropna()
+    bandwidth = (
+        1e9 * column(evidence.kernel_rows(frames, "copy"), "bandwidth_tb_s").max()
+    )  # bytes a ms; NaN without one
+    beside_floor = (column(rows, f"{sparse}_ms") * bandwidth / column(rows, f"{sparse}_floor_bytes")).dropna()
     reasons = [
         f"The smaller of the two is {ratios.min() / claim.value:.2f} times the published one",
         told("ours takes {} times as long as its bytes need", span(beside_floor)),
@@ -215,7 +193,7 @@ def operation_time(claim: Claim, frames: Frames) -> Finding:
 
 def _fused(frames: Frames, how: str, what: str, ours: pd.Series) -> str:
     """PyTorch's fused dense attention on the main workload, forward in bfloat16, and the first of ours beside it."""
-    fused = column(kernel_rows(frames, "main", method="sdpa", dtype="bfloat16"), "forward_ms").dropna()
+    fused = column(evidence.kernel_rows(frames, "main", method="sdpa", dtype="bfloat16"), "forward_ms").dropna()
     if not len(fused) or not len(ours):
         return ""
     return f"fused dense attention {how} takes {fused.iloc[0]:.2f} ms in bfloat16, {what} {ours.iloc[0]:.2f}"
@@ -224,7 +202,7 @@ def _fused(frames: Frames, how: str, what: str, ours: pd.Series) -> str:
 @measure("operation")
 def bottleneck(claim: Claim, frames: Frames) -> Finding:
     """Whether an operation takes longest of the three dense ones, in every task and precision."""
-    rows = operation_ratios(frames)
+    rows = evidence.operation_ratios(frames)
     times = pd.DataFrame({name: column(rows, f"{dense}_ms") for name, (dense, _) in OPERATIONS.items()}).dropna()
     if not len(times):
         return Finding()
@@ -242,11 +220,11 @@ def bottleneck(claim: Claim, frames: Frames) -> Finding:
 @measure()
 def several_gpus(claim: Claim, frames: Frames) -> Finding:
     """Whether the most processes that train one model agree and reach one's accuracy, and what they gain in time."""
-    runs, steps = runs_by_most(frames)
+    runs, steps = evidence.runs_by_most(frames)
     if not len(runs):
         return Finding()
     name, most, alike = runs["task"].iloc[0], int(steps["processes"].iloc[0]), agree(runs)
-    one = runs_by_one(frames, name)
+    one = evidence.runs_by_one(frames, name)
     accuracy, gains = gap(percent(runs, "sat"), percent(one, "sat")), most * steps["efficiency"]
     clocks = [span(run_seconds(part) if len(part) else (), ".0f") for part in (runs, one)]
     switched = told(" (over the seeds {})", span(column(runs, "transition_step").dropna(), ".0f"))
@@ -269,7 +247,7 @@ def several_gpus(claim: Claim, frames: Frames) -> Finding:
 @measure()
 def attention_memory(claim: Claim, frames: Frames) -> Finding:
     """Peak memory of attention alone, forward and backward, against dense attention that writes its map."""
-    written, fused = memory_ratios(frames, "materialised"), span(memory_ratios(frames, "sdpa"))
+    written, fused = evidence.memory_ratios(frames, "materialised"), span(evidence.memory_ratios(frames, "sdpa"))
     if not len(written):
         return Finding()
     lengths = f"L = {written.index.min():,.0f} to {written.index.max():,.0f}"
@@ -279,46 +257,47 @@ def attention_memory(claim: Claim, frames: Frames) -> Finding:
         "Judged against a map that is written out, whose memory grows with the square of the length",
         "fused dense attention stores none either" + told(", and needs {} times as much as ours", fused),
     ]
-    return Finding(kernel_rows(frames, "length"), ours, reasons, {"ours": written.max(), "published": claim.value})
+    found = {"ours": written.max(), "published": claim.value}
+    return Finding(evidence.kernel_rows(frames, "length"), ours, reasons, found)
 
 
 @measure()
 def step_memory(claim: Claim, frames: Frames) -> Finding:
     """Peak memory of whole training steps against the most wasteful of the others."""
-    ratios = step_memory_ratios(frames)
+    ratios = evidence.step_memory_ratios(frames)
     if not len(ratios):
         return Finding()
-    most, by_name = ratios.loc[ratios["ratio"].idxmax()], dict(list(ratios.groupby("name")["ratio"]))
+    most, spans = ratios.loc[ratios["ratio"].idxmax()], ratios.groupby("name")["ratio"].agg(span)
     shown = dict.fromkeys([most["name"], "bigbird, kernel", *where(ratios, attention="dense")["name"]])
     through = span(where(ratios, compute="kernel")["ratio"])
     reasons = [
         f"The most is {most['ratio']:.2f} times, against {most['name']} on {task_name(most['task'])}",
         told("through SAT's own kernel the baselines need {} times as much", through),
     ]
-    ours = "; ".join(f"{name} {span(by_name[name])}" for name in shown if name in by_name) + " times SAT's"
+    ours = "; ".join(f"{name} {spans[name]}" for name in shown if name in spans) + " times SAT's"
     return Finding(frames["step"], ours, reasons, {"ours": most["ratio"], "published": claim.value})
 
 
 # ---- pretrained models, and what the kept blocks are worth ----------------------------------------------------------
 
 
-def _of_models(experiment: str, rows: pd.DataFrame, parts: list[Finding]) -> Finding:
+def _of_models(experiment: str, rows: pd.DataFrame, parts: list[Finding], **numbers) -> Finding:
     """The findings of single models as one, with the published models that have no rows."""
+    if not parts:
+        return Finding()
     absent = ", ".join(name for name in published_value("models") if name not in set(rows["model"]))
     reasons = [*(reason for part in parts for reason in part.reasons), told("not run: {}", absent)]
-    found = {name: [part.numbers[name] for part in parts] for name in parts[0].numbers}
+    numbers |= {name: [part.numbers[name] for part in parts] for name in parts[0].numbers}
     ours, command = "; ".join(part.ours for part in parts), bench(experiment, "model", rows["model"])
-    return Finding(rows, ours, reasons, found, command=command)
+    return Finding(rows, ours, reasons, numbers, command=command)
 
 
 @measure()
 def sparse_maps(claim: Claim, frames: Frames) -> Finding:
     """Whether fine-tuned maps have more entries near 0 than untrained ones; padding, which has none, left out."""
     rows = frames["motivation"]
-    if not len(rows):
-        return Finding()
-    found = _of_models("motivation", rows, [_maps(row) for _, row in rows.iterrows()])
-    return replace(found, numbers=found.numbers | {"complete": set(published_value("models")) <= set(rows["model"])})
+    complete = set(published_value("models")) <= set(rows.get("model", ()))
+    return _of_models("motivation", rows, [_maps(row) for _, row in rows.iterrows()], complete=complete)
 
 
 def _maps(row: pd.Series) -> Finding:
@@ -345,7 +324,7 @@ def fine_tuning(claim: Claim, frames: Frames) -> Finding:
     parts = [part for _, part in rows.groupby(["model", "data"], sort=False)] if len(rows) else []
     pairs = [(part, where(part, attention="sat", pattern="learned", pruned="zero")) for part in parts]
     found = [_tuned(claim, part, sat) for part, sat in pairs if len(sat) and len(percent(part, "dense"))]
-    return _of_models("finetuning", rows, found) if found else Finding()
+    return _of_models("finetuning", rows, found)
 
 
 def _tuned(claim: Claim, part: pd.DataFrame, sat: pd.DataFrame) -> Finding:
@@ -370,7 +349,7 @@ def _tuned(claim: Claim, part: pd.DataFrame, sat: pd.DataFrame) -> Finding:
 @measure()
 def fine_tuning_time(claim: Claim, frames: Frames) -> Finding:
     """A step of fine-tuning with fused dense attention over one in SAT's sparse phase, by shape."""
-    ratios = fine_tuning_ratios(frames)
+    ratios = evidence.fine_tuning_ratios(frames)
     best = {shape: max(some, key=lambda ratio: ratio.value) for shape, some in ratios.items()}
     if not best:
         return Finding()
@@ -385,15 +364,15 @@ def fine_tuning_time(claim: Claim, frames: Frames) -> Finding:
 @measure()
 def mass_kept(claim: Claim, frames: Frames) -> Finding:
     """Mass of the attention maps in the kept blocks beside as many random ones, at the end of a run."""
-    rows, lines = where(frames["patterns"], attention="sat"), last_masses(frames)
+    rows, lines = where(frames["patterns"], attention="sat"), evidence.last_masses(frames)
     if not {"kept", "random", "best"} <= set(lines.columns):
         return Finding()
     kept, random, best = lines[["kept", "random", "best"]].mean()
-    more, share = (lines["kept"] - lines["random"]).mean(), (kept - random) / (best - random)
-    at_transition = span(masses_at_transition(frames), ".1f")
+    share = (kept - random) / (best - random)
+    at_transition = span(evidence.masses_at_transition(frames), ".1f")
     of = f"{len(lines)} layers and heads of {len(rows)} {'run' if len(rows) == 1 else 'runs'}"
     reasons = [
-        f"{more:+.2f} points against random ones, {100 * share:.0f} % of what the best blocks gain, over {of}",
+        f"{kept - random:+.2f} points against random ones, {100 * share:.0f} % of what the best blocks gain, over {of}",
         told("at the transition of the CIFAR-10 runs the layers' kept blocks hold {} %", at_transition),
     ]
     ours = f"kept {kept:.1f} %, random {random:.1f} %, best {best:.1f} % at a density of {rows['density'].iloc[0]:g}"

@@ -47,9 +47,8 @@ def published_value(place: str) -> Any:
     """
     found = read()
     for key in place.split("."):
-        known = isinstance(found, dict) and key in found
-        keys = ", ".join(found) if isinstance(found, dict) else "none"
-        require(known, f"{place}: {PATH.name} has no {key!r} there. It has {keys}")
+        keys = found if isinstance(found, dict) else ()
+        require(key in keys, f"{place}: {PATH.name} has no {key!r} there. It has {', '.join(keys) or 'none'}")
         found = found[key]
     return found
 
