@@ -55,7 +55,7 @@ def steps(times: dict[str, float], **more) -> pd.DataFrame:
 
 def verdict_of(frames: dict[str, pd.DataFrame], words: str) -> pd.Series:
     """The line of the one claim that has these words."""
-    lines = claims.verdicts(frames)
+    lines = claims.verdict_table(frames)
     (number,) = lines.index[lines["claim"].str.contains(words, regex=False)]
     return lines.loc[number]
 

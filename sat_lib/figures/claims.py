@@ -69,18 +69,18 @@ def _require_keys(name: str, needed: Iterable[str], table: dict[str, Any]) -> No
     require(not absent, f"{name}: wanted {absent} too")
 
 
-def verdicts(frames: Frames, path: Path = PATH) -> pd.DataFrame:
-    """A line per claim; `frames` needs no experiment without rows. A command may be several, ", " between them."""
+def verdict_table(frames: Frames, path: Path = PATH) -> pd.DataFrame:
+    """A line per claim; `frames` needs no experiment without rows."""
     frames = with_sources(frames)
     return pd.DataFrame([verdict(claim, frames) for claim in claims(path)])
 
 
 def verdict(claim: Claim, frames: Frames) -> dict[str, str]:
-    """What the rows say of one claim."""
+    """What the rows say of one claim, every command as code."""
     found = MEASURES[claim.measure][0](claim, frames)
     return {
         "claim": claim.text,
-        "command": found.command or claim.command,
+        "command": f"`{(found.command or claim.command).replace(', ', '`, `')}`",
         "output": claim.figure,
         "hardware": _hardware(found.rows),
         "minutes": _minutes(found.rows),
@@ -89,12 +89,6 @@ def verdict(claim: Claim, frames: Frames) -> dict[str, str]:
         "verdict": judge(claim.rule, found),
         "why": found.why,
     }
-
-
-def verdict_table(frames: Frames) -> pd.DataFrame:
-    """A line per claim, commands as code."""
-    table = verdicts(frames)
-    return table.assign(command="`" + table["command"].str.replace(", ", "`, `") + "`")
 
 
 def short_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -65,8 +65,9 @@ def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
 
 
 def training_commands(runs: pd.DataFrame) -> str:
-    """The commands that runs of one task come from."""
-    return ", ".join(bench(experiment, "task", runs["task"]) for experiment in dict.fromkeys(runs["experiment"]))
+    """The commands that runs come from."""
+    sources = runs[["experiment", "task"]].drop_duplicates()
+    return ", ".join(bench(experiment, "task", [name]) for experiment, name in sources.to_numpy())
 
 
 def _is_part(run: pd.Series) -> bool:

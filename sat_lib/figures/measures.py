@@ -44,19 +44,19 @@ def switching(claim: Claim, frames: Frames) -> Finding:
     runs = evidence.switching_runs(frames, claim.tasks)
     if not len(runs):
         return Finding()
-    part, names, steps = runs["part"].all(), runs["task"].unique(), column(runs, "transition_step").dropna()
+    part, steps = runs["part"].all(), column(runs, "transition_step").dropna()
     within = steps.between(claim.value["first"], claim.value["last"])
     outside, last = steps[~within], max(recipe.get("steps", 0) for recipe in runs["recipe"])
     similar = where(evidence.training_runs(frames, "accuracy", "accuracy_short"), task=claim.similar, attention="sat")
-    counted = f"On {'parts of ' if part else ''}{' and '.join(map(task_name, names))} "
+    counted = f"On {'parts of ' if part else ''}{' and '.join(map(task_name, runs['task'].unique()))} "
     counted += f"{len(steps)} of {len(runs)} runs switched"
     counted += f", {within.sum()} of them within the published range" if len(steps) else ""
     counted += told(" and {} outside it, at step {}", len(outside), span(outside, ",.0f"))
     too_short = told("their {:,} steps end before the published range", part and last < claim.value["first"] and last)
     other = told("{1}, with the same recipe: {2}", len(similar), task_name(claim.similar), _switches(similar))
     found = {"runs": len(runs), "switched": len(steps), "within": within.sum()}
-    command = ", ".join(evidence.training_commands(where(runs, task=name)) for name in names)
-    return Finding(runs, _switches(runs), [counted, too_short, other], found, judged=not part, command=command)
+    command, reasons = evidence.training_commands(runs), [counted, too_short, other]
+    return Finding(runs, _switches(runs), reasons, found, judged=not part, command=command)
 
 
 def _switches(runs: pd.DataFrame) -> str:

@@ -47,7 +47,7 @@ def test_every_claim_has_a_measure_and_a_rule_and_none_is_without_a_claim():
 
 def test_a_new_claim_is_a_few_lines(tmp_path):
     path = write(tmp_path / "claims.toml")
-    (line,) = claims.verdicts({"accuracy": runs("agnews", {"lsg": near(80), "dense": near(71)})}, path).to_dict(
+    (line,) = claims.verdict_table({"accuracy": runs("agnews", {"lsg": near(80), "dense": near(71)})}, path).to_dict(
         "records"
     )
     assert (line["claim"], line["published"], line["verdict"]) == (NEW["text"], "+9.3 points", REPRODUCED)
@@ -55,7 +55,7 @@ def test_a_new_claim_is_a_few_lines(tmp_path):
     path = write(tmp_path / "steps.toml", text="a step of Longformer", measure="step_time", rule="ratio",
                  published=1.5, shown="{:.1f}", attention="longformer", against=["bigbird"])  # fmt: skip
     frames = {"step": steps({"sat, sparse phase": 10, "longformer, transformers": 20, "bigbird, kernel": 15})}
-    (line,) = claims.verdicts(frames, path).to_dict("records")
+    (line,) = claims.verdict_table(frames, path).to_dict("records")
     assert line["verdict"] == REPRODUCED and line["ours"].startswith("layer of transformers 2.00")
     assert "BigBird's 1.50 times" in line["why"]
 
@@ -109,7 +109,7 @@ def test_published_numbers_have_one_place():
 
 
 def test_without_rows_only_the_model_is_judged():
-    found = claims.verdicts({})
+    found = claims.verdict_table({})
     assert list(found["verdict"]) == [REPRODUCED] + [NOT_RUN] * (len(found) - 1)
     assert set(found["ours"][1:]) == set(found["hardware"][1:]) == set(found["minutes"][1:]) == {"-"}
 
@@ -124,9 +124,9 @@ def committed() -> dict[str, pd.DataFrame]:
 
 
 def test_every_verdict_is_one_of_four_words_and_every_command_can_be_given(committed):
-    for _, line in pd.concat([claims.verdicts(committed), claims.verdicts({})]).iterrows():
+    for _, line in pd.concat([claims.verdict_table(committed), claims.verdict_table({})]).iterrows():
         assert line.verdict in WORDS
-        assert all(part.startswith(("python -m sat_lib ", "make ")) for part in line.command.split(", ")), line
+        assert all(part.startswith(("`python -m sat_lib ", "`make ")) for part in line.command.split(", ")), line
         assert all(text and "|" not in text and "nan" not in text.split() for text in line), line
 
 

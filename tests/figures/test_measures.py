@@ -37,7 +37,7 @@ def test_a_gain_respects_sign_spread_and_size(sat, dense, word):
 def test_rows_at_the_published_means_reproduce_every_claim_on_accuracy(name):
     published = {attention: means[name] for attention, means in published_value("accuracy").items()}
     means = {attention: [mean - 0.01, mean, mean + 0.01] for attention, mean in published.items()}
-    lines, label = claims.verdicts({"accuracy": runs(name, means)}), task_name(name)
+    lines, label = claims.verdict_table({"accuracy": runs(name, means)}), task_name(name)
     found = lines.loc[lines["verdict"] == REPRODUCED, "claim"]
     assert found.str.startswith(f"{label}: ").sum() == 3
     winner = {"agnews": "SAT", "yelp": "SAT", "cifar10": "Longformer", "inaturalist": "Longformer"}[name]
@@ -68,7 +68,7 @@ def test_runs_on_a_part_are_shown_and_not_judged():
     for words in ("AG News: SAT is", "AG News: dense", "AG News: accuracy that SAT gains"):
         found = verdict_of({"accuracy_short": parts}, words)
         assert found.verdict == NOT_RUN and "SAT 90.00 ± 0.10 (3 seeds)" in found.ours
-        assert "5,000 of 120,000" in found.why and found.command.startswith("python -m sat_lib bench accuracy_short")
+        assert "5,000 of 120,000" in found.why and found.command.startswith("`python -m sat_lib bench accuracy_short")
     whole = runs("agnews", {"sat": near(83), "dense": near(70)})
     found = verdict_of({"accuracy_short": parts, "accuracy": whole}, "AG News: accuracy that SAT gains")
     assert found.verdict == REPRODUCED and found.ours.startswith("+13.00")
