@@ -82,7 +82,7 @@ def verdict(claim: Claim, frames: Frames) -> dict[str, str]:
         "claim": claim.text,
         "command": f"`{(found.command or claim.command).replace(', ', '`, `')}`",
         "output": claim.figure,
-        "hardware": _hardware(found.rows),
+        "hardware": ", ".join(sorted({name.removeprefix("NVIDIA ") for name in found.rows.get("device", ())})) or "-",
         "minutes": _minutes(found.rows),
         "published": claim.published_text,
         "ours": found.ours,
@@ -94,10 +94,6 @@ def verdict(claim: Claim, frames: Frames) -> dict[str, str]:
 def short_table(table: pd.DataFrame) -> pd.DataFrame:
     """What of `verdict_table` fits a first page: the claims that something was run for."""
     return table.loc[table["verdict"] != NOT_RUN, ["claim", "published", "ours", "verdict"]]
-
-
-def _hardware(rows: pd.DataFrame) -> str:
-    return ", ".join(sorted({name.removeprefix("NVIDIA ") for name in rows.get("device", ())})) or "-"
 
 
 def _minutes(rows: pd.DataFrame) -> str:

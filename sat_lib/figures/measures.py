@@ -17,6 +17,7 @@ from .speed import OPERATIONS
 from .training import agree, run_seconds
 
 Measure = Callable[[Claim, Frames], Finding]
+Gaps = dict[str, Gap | None]  # by the name of the attention that another is compared with
 MEASURES: dict[str, tuple[Measure, tuple[str, ...]]] = {}  # by name, with the keys that a claim must give for it
 
 
@@ -95,9 +96,7 @@ def gain(claim: Claim, frames: Frames) -> Finding:
     return replace(finding, numbers={"found": found, "published": claim.value})
 
 
-def _accuracy(
-    claim: Claim, frames: Frames, runs: pd.DataFrame, gaps: dict[str, Gap | None], compared: str, ours: str
-) -> Finding:
+def _accuracy(claim: Claim, frames: Frames, runs: pd.DataFrame, gaps: Gaps, compared: str, ours: str) -> Finding:
     """The finding of a task's runs; those on a part, or with nothing to compare, are shown and not judged."""
     stand_in = f"{task_name(claim.similar)}, which the paper doesn't have, with {task_name(claim.tasks[0])}'s recipe"
     similar = told("{1}: {0}", _means(task_runs(frames, claim.similar)), stand_in)
@@ -122,7 +121,7 @@ def _means(runs: pd.DataFrame) -> str:
     return ", ".join(f"{attention_name(name)} {mean(values[name])}" for name in ranked)
 
 
-def _against(gaps: dict[str, Gap | None], form: str = "{0} against {1}") -> str:
+def _against(gaps: Gaps, form: str = "{0} against {1}") -> str:
     """The comparisons in words, and those that nobody has run."""
     compared = ", ".join(form.format(found, attention_name(name)) for name, found in gaps.items() if found)
     return compared + told("; not run: {}", ", ".join(attention_name(name) for name in gaps if not gaps[name]))
