@@ -41,16 +41,6 @@ def column(frame: pd.DataFrame, name: str) -> pd.Series:
     return frame[name].astype(float) if len(frame) else pd.Series(dtype=float)
 
 
-def timed_steps(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of whole steps and, as `name`, what was timed, such as "sat, dense phase" or "bigbird, kernel"."""
-    return rows.assign(name=step_labels(rows)) if len(rows) else rows
-
-
-def kernel_rows(frames: Frames, sweep: str, **equal) -> pd.DataFrame:
-    """Rows of a sweep of the experiment `kernels`; their column `method` says what was timed."""
-    return where(frames["kernels"], sweep=sweep, **equal)
-
-
 def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
     """Runs of the published method, each once, whichever experiment has it; `part` marks those that can't be set
     beside a published accuracy, for fewer training examples or steps."""
@@ -139,12 +129,13 @@ def rows_of(frames: Frames, *experiments: str) -> pd.DataFrame:
 def step_pairs(frames: Frames) -> list[tuple[pd.Series, pd.Series]]:
     """Rows of steps, each with SAT's of its task, both fast or both plain: else the ratio would be that of the ways.
 
-    Steps without such a row of SAT's sparse phase, or without a time, are left out.
+    Their `name` says what was timed, such as "sat, dense phase" or "bigbird, kernel". Steps without such a row of SAT's
+    sparse phase, or without a time, are left out.
     """
-    steps, way = timed_steps(frames["step"]), ["task", "step_kind"]
+    steps, way = frames["step"], ["task", "step_kind"]
     if not len(steps):
         return []
-    steps = steps.dropna(subset="median_ms")
+    steps = steps.assign(name=step_labels(steps)).dropna(subset="median_ms")
     sat = {tuple(row[way]): row for _, row in where(steps, phase="sparse", preset="released").iterrows()}
     return [(row, sat[tuple(row[way])]) for _, row in steps.iterrows() if tuple(row[way]) in sat]
 
@@ -156,7 +147,7 @@ def step_ratios(frames: Frames, name: str) -> dict[str, Ratio]:
 
 def operation_ratios(frames: Frames) -> pd.DataFrame:
     """Rows that time single operations, with the arithmetic and, under an operation's name, dense over sparse time."""
-    rows = kernel_rows(frames, "operations")
+    rows = where(frames["kernels"], sweep="operations")
     if not len(rows):
         return rows
     ratios = {name: column(rows, f"{dense}_ms") / column(rows, f"{sparse}_ms")
@@ -166,7 +157,7 @@ def operation_ratios(frames: Frames) -> pd.DataFrame:
 
 def memory_ratios(frames: Frames, method: str) -> pd.Series:
     """Length -> peak memory of attention alone over the fused kernel's, at the same head size."""
-    peaks = [kernel_rows(frames, "length", method=name) for name in (method, "fused")]
+    peaks = [where(frames["kernels"], sweep="length", method=name) for name in (method, "fused")]
     if not all(map(len, peaks)):
         return pd.Series(dtype=float)
     both = peaks[0].merge(peaks[1], on=["length", "head_size", "batch"], suffixes=("", "_fused")).sort_values("length")

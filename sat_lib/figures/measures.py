@@ -13,7 +13,7 @@ from . import evidence
 from .evidence import Frames, column, percent, task_runs, where
 from .judge import PACES, Claim, Finding, Gap, Ratio, bench, gap, mean, span, told
 from .published import attention_name, published_value, task_name
-from .speed import OPERATIONS
+from .speed import OPERATIONS, step_labels
 from .training import agree, run_seconds
 
 Measure = Callable[[Claim, Frames], Finding]
@@ -143,7 +143,6 @@ COMPUTES = {"transformers": "layer of transformers", "library": "gathers and pro
 @measure("tasks", "attention", "against")
 def step_time(claim: Claim, frames: Frames) -> Finding:
     """How many times as long as SAT's a step takes; judged by the implementations that the paper could use."""
-    steps = where(evidence.timed_steps(frames["step"]), task=claim.tasks[0])
     ratios = evidence.step_ratios(frames, claim.tasks[0])
     labels = {f"{claim.attention}, {compute}": label for compute, label in COMPUTES.items()}
     *others, kernel = labels
@@ -151,6 +150,7 @@ def step_time(claim: Claim, frames: Frames) -> Finding:
     if not compared:
         return Finding()
     least = min(compared, key=lambda step: ratios[step].value)
+    steps = where(frames["step"].assign(name=step_labels(frames["step"])), task=claim.tasks[0])
     ours = "; ".join(f"{label} {ratios[step]}" for step, label in labels.items() if step in ratios)
     alone = ", ".join(label for step, label in labels.items() if step in set(steps["name"]) - ratios.keys())
     ours += told("; {}: not measured in the same way as SAT", alone)
@@ -177,9 +177,7 @@ def operation_time(claim: Claim, frames: Frames) -> Finding:
     if not len(ratios):
         return Finding()
     rows = rows.loc[ratios.index]
-    bandwidth = (
-        1e9 * column(evidence.kernel_rows(frames, "copy"), "bandwidth_tb_s").max()
-    )  # bytes a ms; NaN without one
+    bandwidth = 1e9 * column(where(frames["kernels"], sweep="copy"), "bandwidth_tb_s").max()  # bytes a ms, or NaN
     beside_floor = (column(rows, f"{sparse}_ms") * bandwidth / column(rows, f"{sparse}_floor_bytes")).dropna()
     reasons = [
         f"The smaller of the two is {ratios.min() / claim.value:.2f} times the published one",
@@ -192,7 +190,8 @@ def operation_time(claim: Claim, frames: Frames) -> Finding:
 
 def _fused(frames: Frames, how: str, what: str, ours: pd.Series) -> str:
     """PyTorch's fused dense attention on the main workload, forward in bfloat16, and the first of ours beside it."""
-    fused = column(evidence.kernel_rows(frames, "main", method="sdpa", dtype="bfloat16"), "forward_ms").dropna()
+    rows = where(frames["kernels"], sweep="main", method="sdpa", dtype="bfloat16")
+    fused = column(rows, "forward_ms").dropna()
     if not len(fused) or not len(ours):
         return ""
     return f"fused dense attention {how} takes {fused.iloc[0]:.2f} ms in bfloat16, {what} {ours.iloc[0]:.2f}"
@@ -256,8 +255,8 @@ def attention_memory(claim: Claim, frames: Frames) -> Finding:
         "Judged against a map that is written out, whose memory grows with the square of the length",
         "fused dense attention stores none either" + told(", and needs {} times as much as ours", fused),
     ]
-    found = {"ours": written.max(), "published": claim.value}
-    return Finding(evidence.kernel_rows(frames, "length"), ours, reasons, found)
+    rows = where(frames["kernels"], sweep="length")
+    return Finding(rows, ours, reasons, {"ours": written.max(), "published": claim.value})
 
 
 @measure()
