@@ -37,11 +37,7 @@ def sat_attention(
     return block_sparse_attention(q, k, v, layout, key_padding_mask=key_padding_mask, pruned=pruned)
 
 
-ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "dense": dense_attention,
-    **BASELINES,
-    "sat": sat_attention,
-}
+ATTENTION: dict[str, Callable[..., Tensor]] = {"dense": dense_attention, **BASELINES, "sat": sat_attention}
 
 
 def get_attention(name: str, **options) -> Callable[..., Tensor]:

@@ -8,6 +8,7 @@ layers silently switch to full attention, or where the pattern would leave nothi
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -19,7 +20,7 @@ from .gather import attend, gathered_attention, split
 from .layout import BlockLayout
 from .ops import block_sparse_attention
 from .reference import cast_as_autocast, check_attention_inputs
-from .static_patterns import bigbird_layout, check_bigbird_blocks, window_layout
+from .static_patterns import bigbird_layout, check_bigbird, check_size, window_layout
 
 IMPLEMENTATIONS = {"kernel": partial(block_sparse_attention, pruned="drop"), "library": gathered_attention}
 BAND_BLOCK = 32  # side of the blocks that Longformer's window is laid out in: a choice of speed alone
@@ -35,19 +36,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed) * some[:, None, None]
 
 
-def _implementation(name: str):
-    require(name in IMPLEMENTATIONS, f"implementation: wanted one of {sorted(IMPLEMENTATIONS)}; got {name!r}")
-    return IMPLEMENTATIONS[name]
-
-
-def _check_self_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+def _checked(implementation: str, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Callable:
+    """The implementation of that name, for inputs that it can take."""
+    known = sorted(IMPLEMENTATIONS)
+    require(implementation in known, f"implementation: wanted one of {known}; got {implementation!r}")
     check_attention_inputs(q, k, v, key_padding_mask)
     require(q.shape == k.shape, f"q, k: wanted as many keys as queries; got {tuple(q.shape)} and {tuple(k.shape)}")
-
-
-def _check_size(name: str, value: int, least: int) -> None:
-    whole = isinstance(value, int) and value >= least
-    require(whole, f"{name}: wanted a whole number, {least} or more; got {value!r}")
+    return IMPLEMENTATIONS[implementation]
 
 
 def _global_row(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -85,8 +80,7 @@ def longformer_attention(
     Raises:
         InputError: the window is odd, or leaves nothing out, which is dense attention.
     """
-    compute = _implementation(implementation)
-    _check_self_attention(q, k, v, key_padding_mask)
+    compute = _checked(implementation, q, k, v, key_padding_mask)
     length = q.shape[2]
     check_longformer(length, window, dilation, global_token)
     reach = window // 2
@@ -98,13 +92,15 @@ def longformer_attention(
         mask = torch.ones(len(q), length, dtype=torch.bool, device=q.device)
     axis = 1 if mask is None else 0
     queries, keys, values = (_split_residues(x, dilation, axis) for x in (q, k, v))
+    real = None if mask is None else mask[:, None, :, None]  # (B, 1, L, 1), which is cut as q, k and v are
     if global_token:
-        keys, values = (_append_first(x, whole, dilation) for x, whole in ((keys, k), (values, v)))
-        others = mask & (torch.arange(length, device=q.device) > 0)
-        real = _append_first(_split_mask(others, dilation), mask, dilation)
-    else:
-        real = None if mask is None else _split_mask(mask, dilation)
+        others = real & (torch.arange(length, device=q.device) > 0)[:, None]
+        pairs = ((keys, k), (values, v), (_split_residues(others, dilation, 0), real))
+        keys, values, real = (_append_first(parts, whole, dilation) for parts, whole in pairs)
+    elif real is not None:
+        real = _split_residues(real, dilation, 0)
     layout = _band(queries.shape[2], keys.shape[2], reach, q.device)
+    real = None if real is None else real[:, 0, :, 0]
     out = compute(queries, keys, values, layout, key_padding_mask=real, window=reach)
     out = _join_residues(out, dilation, axis)[:, :, :length]
     if not global_token:
@@ -115,8 +111,8 @@ def longformer_attention(
 
 def check_longformer(length: int, window: int, dilation: int, global_token: bool) -> None:
     """Raise InputError unless Longformer is defined for these sizes, and leaves something out."""
-    _check_size("window", window, 2)
-    _check_size("dilation", dilation, 1)
+    check_size("window", window, 2)
+    check_size("dilation", dilation, 1)
     require(window % 2 == 0, f"window: wanted an even number of positions; got {window}")
     require(
         length - global_token > (window // 2 + 1 if dilation == 1 else 1),
@@ -152,15 +148,9 @@ def _split_residues(x: Tensor, dilation: int, axis: int) -> Tensor:
     return split(x, dilation).permute(0, 3, 1, 2, 4).flatten(axis, axis + 1)
 
 
-def _split_mask(mask: Tensor, dilation: int) -> Tensor:
-    """(B, L) -> (B * dilation, ceil(L / dilation))."""
-    return _split_residues(mask[:, None, :, None], dilation, 0)[:, 0, :, 0]
-
-
 def _append_first(parts: Tensor, whole: Tensor, dilation: int) -> Tensor:
-    """Add position 0 of the whole sequences behind each residue's. Positions are axis 2 of 4, or 1 of 2."""
-    axis = whole.dim() // 2
-    return torch.cat([parts, whole.narrow(axis, 0, 1).repeat_interleave(dilation, 0)], axis)
+    """Add position 0 of the whole sequences (B, H, L, D) behind each residue's."""
+    return torch.cat([parts, whole[:, :, :1].repeat_interleave(dilation, 0)], 2)
 
 
 def _join_residues(x: Tensor, dilation: int, axis: int) -> Tensor:
@@ -190,18 +180,10 @@ def bigbird_attention(
     The pattern is `static_patterns.bigbird_layout`, drawn once from (seed, layer): the same in training and evaluation,
     which the layers in transformers are not (in evaluation all their random blocks are block 0).
     """
-    compute = _implementation(implementation)
-    _check_self_attention(q, k, v, key_padding_mask)
+    compute = _checked(implementation, q, k, v, key_padding_mask)
     check_bigbird(q.shape[2], block, random_blocks)
     layout = _bigbird(q.shape[1], -(-q.shape[2] // block), random_blocks, block, seed, layer, q.device)
     return compute(q, k, v, layout, key_padding_mask=key_padding_mask)
-
-
-def check_bigbird(length: int, block: int, random_blocks: int) -> None:
-    """Raise InputError unless BigBird is defined for these sizes."""
-    _check_size("block", block, 1)
-    _check_size("random_blocks", random_blocks, 0)
-    check_bigbird_blocks(-(-length // block), random_blocks, block)
 
 
 @lru_cache(maxsize=64)
@@ -231,8 +213,7 @@ def lsg_attention(
     Raises:
         InputError: factor doesn't divide block, or two chunks or fewer (at factor 1 three), which see everything.
     """
-    compute = _implementation(implementation)
-    _check_self_attention(q, k, v, key_padding_mask)
+    compute = _checked(implementation, q, k, v, key_padding_mask)
     length = q.shape[2] - 1
     check_lsg(length, block, factor)
     mask = key_padding_mask
@@ -249,8 +230,8 @@ def lsg_attention(
 
 def check_lsg(length: int, block: int, factor: int) -> None:
     """Raise InputError unless LSG is defined for these sizes, of `length` positions behind the global one."""
-    _check_size("block", block, 1)
-    _check_size("factor", factor, 1)
+    check_size("block", block, 1)
+    check_size("factor", factor, 1)
     require(block % factor == 0, f"factor: wanted a divisor of the block {block}; got {factor}")
     full = 3 if factor == 1 else 2
     require(

@@ -8,7 +8,6 @@ attention don't take is refused here too; of tensors on a CPU nothing is asked.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -66,7 +65,10 @@ def load():
     old = [device for device in devices if device < (8, 0)]
     require(not old, f"device: the kernels want compute capability 8.0 or later; this machine's has {old}. {WAY_OUT}")
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in devices) or "8.0;9.0"
-    folder = cache_folder() / _digest(architectures)
+    texts = {path.name: files.file_digest(path) for path in sorted(SOURCES.iterdir()) if path.is_file()}
+    made_of = [texts, CUDA_FLAGS, CXX_FLAGS, torch.__version__, torch.version.cuda, architectures]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "sat_lib" / files.digest(made_of)
     built = folder / "built"
     with files.lock(folder / "lock-of-build", "the build of the CUDA kernels", wait=True):
         if not built.exists():
@@ -74,21 +76,6 @@ def load():
             files.write(built, "")
         torch.ops.load_library(folder / f"{LIBRARY}.so")
     return getattr(torch.ops, LIBRARY)
-
-
-def cache_folder() -> Path:
-    """Where builds are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sat_lib"
-
-
-def sources() -> list[Path]:
-    """The files that the compiler is given."""
-    return sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
-
-
-def _digest(architectures: str) -> str:
-    texts = {path.name: files.file_digest(path) for path in sorted(SOURCES.iterdir()) if path.is_file()}
-    return files.digest([texts, CUDA_FLAGS, CXX_FLAGS, torch.__version__, torch.version.cuda, architectures])
 
 
 def _build(folder: Path, architectures: str) -> None:
@@ -103,35 +90,26 @@ def _build(folder: Path, architectures: str) -> None:
     print(f"building the CUDA kernels for {architectures} in {folder}, once, about a minute ...", flush=True)
     start = time.perf_counter()
     (folder / "lock").unlink(missing_ok=True)  # PyTorch's own lock, which a killed build leaves behind for good
-    with _environment(architectures):
-        try:
-            cpp_extension.load(
-                LIBRARY,
-                [str(path) for path in sources()],
-                extra_cflags=CXX_FLAGS,
-                extra_cuda_cflags=CUDA_FLAGS,
-                build_directory=str(folder),
-                is_python_module=False,
-            )
-        except RuntimeError as error:
-            raise InputError(f"the CUDA kernels could not be built: {error}\n{WAY_OUT}") from error
-    print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
-
-
-@contextlib.contextmanager
-def _environment(architectures: str) -> Iterator[None]:
-    """The architectures named, and ninja's program on PATH: a virtual environment that isn't activated has it not."""
     saved = {name: os.environ.get(name) for name in ("TORCH_CUDA_ARCH_LIST", "PATH")}
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # its program isn't on PATH where a virtual environment isn't activated
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     try:
-        yield
+        cpp_extension.load(
+            LIBRARY,
+            [str(path) for path in sorted(SOURCES.iterdir()) if path.suffix in (".cu", ".cpp")],
+            extra_cflags=CXX_FLAGS,
+            extra_cuda_cflags=CUDA_FLAGS,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    except RuntimeError as error:
+        raise InputError(f"the CUDA kernels could not be built: {error}\n{WAY_OUT}") from error
     finally:
         for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
+    print(f"built in {time.perf_counter() - start:.0f} s", flush=True)

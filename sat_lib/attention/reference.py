@@ -59,12 +59,6 @@ def _to_blocks(x: Tensor, block: int) -> Tensor:
     return padded.reshape(batch, -1, block, size)
 
 
-def _from_blocks(blocks: Tensor, heads: int, length: int) -> Tensor:
-    """(B, H * R, block, D) -> (B, H, L, D), what lies after the end cut off."""
-    batch, _, _, size = blocks.shape
-    return blocks.reshape(batch, heads, -1, size)[:, :, :length]
-
-
 def sddmm(
     q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None = None, key_padding_mask: Tensor | None = None
 ) -> Tensor:
@@ -190,9 +184,10 @@ def spmm(weights: Tensor, v: Tensor, layout: BlockLayout, queries: int) -> Tenso
 
 def indexed_spmm(values: Tensor, x: Tensor, index: Index, queries: int) -> Tensor:
     """`spmm` of an index."""
+    batch, heads, _, size = x.shape
     products = values @ _to_blocks(x, index.block).index_select(1, index.columns)  # (B, T, b, D)
-    out = products.new_zeros(len(x), x.shape[1] * index.block_rows, index.block, x.shape[-1])
-    return _from_blocks(out.index_add(1, index.rows, products), x.shape[1], queries)
+    out = products.new_zeros(batch, heads * index.block_rows, index.block, size).index_add(1, index.rows, products)
+    return out.reshape(batch, heads, -1, size)[:, :, :queries]  # what lies after the end cut off
 
 
 def indexed_spmm_transposed(values: Tensor, x: Tensor, index: Index, keys: int) -> Tensor:

@@ -56,7 +56,7 @@ def bigbird_layout(heads: int, blocks: int, random_blocks: int, block: int, seed
     Raises:
         InputError: at most 5 + 2 x random_blocks blocks, where the published layers switch to full attention.
     """
-    check_bigbird_blocks(blocks, random_blocks, block)
+    check_bigbird(blocks * block, block, random_blocks)
     base = global_window_layout(blocks, 1, 1, block).grid.clone()
     base[-1] = base[:, -1] = True
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
@@ -65,16 +65,23 @@ def bigbird_layout(heads: int, blocks: int, random_blocks: int, block: int, seed
     return BlockLayout(base.expand(heads, -1, -1).scatter(2, drawn, True), block)
 
 
-def check_bigbird_blocks(blocks: int, random_blocks: int, block: int) -> None:
-    """Raise InputError where `bigbird_layout` does."""
-    full = 5 + 2 * random_blocks
-    require(random_blocks >= 0, f"random_blocks: wanted 0 or more; got {random_blocks}")
+def check_bigbird(length: int, block: int, random_blocks: int) -> None:
+    """Raise InputError unless BigBird is defined for these sizes."""
+    check_size("block", block, 1)
+    check_size("random_blocks", random_blocks, 0)
+    blocks, full = -(-length // block), 5 + 2 * random_blocks
     require(
         blocks > full,
         f"length: BigBird with {random_blocks} random blocks wants more than {full} blocks of {block} positions; got "
         f"{blocks}, where published layers silently switch to full attention. Take longer input, smaller blocks or "
         "'dense'",
     )
+
+
+def check_size(name: str, value: int, least: int) -> None:
+    """Raise InputError unless `value` is a whole number, `least` or more."""
+    whole = isinstance(value, int) and value >= least
+    require(whole, f"{name}: wanted a whole number, {least} or more; got {value!r}")
 
 
 def _distances(blocks: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What the attentions want of a model's configuration, `encoder.ModelConfig`: most of it is the baselines'."""
 
-from ..attention.baselines import check_bigbird, check_longformer, check_lsg
+from ..attention.baselines import check_longformer, check_lsg
+from ..attention.static_patterns import check_bigbird
 from ..common.errors import require
 
 

@@ -11,7 +11,6 @@ take them. See csrc/embedding.cu, before_attention.cu and after_attention.cu.
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,18 +42,9 @@ def fuse(model: Encoder, *, compiled: bool) -> None:
     Raises:
         InputError: the operators aren't made for this model or device.
     """
-    config = model.config
+    config, device = model.config, model.token.weight.device
     require(IMPLEMENTATION == "kernels", f"SAT_LIB_IMPLEMENTATION: {IMPLEMENTATION!r} has no fused layers")
-    check_fusable(config.width, config.hidden, config.vocab, model.token.weight.device)
-    for layer in model.layers:
-        plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
-        require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
-    embed, pool = (functools.partial(part, compiled=compiled) for part in (_embed, _pool))
-    model.parts = Parts(embed, _layer, pool)
-
-
-def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> None:
-    """Raise InputError unless these operators take a model of this size, `rows` tokens in its table, on this device."""
+    width, hidden, rows = config.width, config.hidden, config.vocab
     require(
         (width, hidden) == (WIDTH, HIDDEN),
         f"width, hidden: the fused layer is for {WIDTH} and {HIDDEN}; got {width} and {hidden}. {WAY_OUT}",
@@ -66,6 +56,11 @@ def check_fusable(width: int, hidden: int, rows: int, device: torch.device) -> N
             there >= CAPABILITY,
             f"device: the fused layer wants compute capability {CAPABILITY} or later (H100); got {there}. {WAY_OUT}",
         )
+    for layer in model.layers:
+        plain = type(layer.attention) is SelfAttention and layer.attention.global_projections is None
+        require(plain, "attention: the fused layer is for SelfAttention without a global token's own projections")
+    embed, pool = (functools.partial(part, compiled=compiled) for part in (_embed, _pool))
+    model.parts = Parts(embed, _layer, pool)
 
 
 def _embed(encoder: Encoder, tokens: Tensor, compiled: bool) -> Tensor:
@@ -269,39 +264,27 @@ def after_attention(
     return torch.ops.sat_lib.after_attention(x, attended, *weights, seed, dropout, norm.eps)
 
 
-class _Weights(NamedTuple):
-    """The parameters behind an attention, of the output projection and the feed-forward block, or their gradients."""
-
-    out_weight: Tensor  # (64, 64)
-    out_bias: Tensor  # (64,)
-    up_weight: Tensor  # (128, 64)
-    up_bias: Tensor  # (128,)
-    down_weight: Tensor  # (64, 128)
-    down_bias: Tensor  # (64,)
-
-
-_FLAT = ("out_weight", "up_weight", "down_weight", "out_bias", "up_bias", "down_bias")  # order of the flat gradient
+# Weights (64, 64), (128, 64) and (64, 128), the biases of their first axis.
 _ARGUMENTS = (
-    f"Tensor x, Tensor attended, {', '.join(f'Tensor {name}' for name in _Weights._fields)}, "
-    "Tensor? seed, float dropout, float eps"
+    "Tensor x, Tensor attended, Tensor out_weight, Tensor out_bias, Tensor up_weight, Tensor up_bias, "
+    "Tensor down_weight, Tensor down_bias, Tensor? seed, float dropout, float eps"
 )
 
 
 @operator(f"after_attention({_ARGUMENTS}) -> Tensor")
 def _after_attention(x, attended, *others):
     *weights, seed, dropout, eps = others
-    return _Forward(x, attended, _Weights(*weights), _masks(x, seed, dropout), eps).y
+    return _forward(x, attended, weights, _masks(x, seed, dropout), eps)[0]
 
 
-class _Forward:
-    """`after_attention`'s formulas, with what the backward pass wants of them."""
-
-    def __init__(self, x: Tensor, attended: Tensor, weights: _Weights, masks: tuple, eps: float):
-        residual = x + F.linear(attended.to(x.dtype), weights.out_weight, weights.out_bias) * masks[0]
-        self.normed, self.rstd = _normalised(residual, eps)
-        self.raised = F.linear(self.normed, weights.up_weight, weights.up_bias)
-        self.hidden = F.gelu(self.raised) * masks[1]
-        self.y = residual + F.linear(self.hidden, weights.down_weight, weights.down_bias) * masks[2]
+def _forward(x, attended, weights, masks, eps):
+    """`after_attention`'s formulas: the result, and what the backward pass wants of the way there."""
+    out, up, down = weights[:2], weights[2:4], weights[4:]
+    residual = x + F.linear(attended.to(x.dtype), *out) * masks[0]
+    normed, rstd = _normalised(residual, eps)
+    raised = F.linear(normed, *up)
+    hidden = F.gelu(raised) * masks[1]
+    return residual + F.linear(hidden, *down) * masks[2], normed, rstd, raised, hidden
 
 
 def _masks(x: Tensor, seed: Tensor | None, dropout: float) -> tuple:
@@ -322,18 +305,18 @@ def _(x, *others):
 @operator(f"after_attention_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _after_attention_backward(grad, x, attended, *others):
     *weights, seed, dropout, eps = others
-    weights, (mask_out, mask_hidden, mask_down) = _Weights(*weights), _masks(x, seed, dropout)
-    there = _Forward(x, attended, weights, (mask_out, mask_hidden, mask_down), eps)
-    grad_down = grad * mask_down
-    u = there.raised
-    whole, density = (1 + torch.erf(u / math.sqrt(2))) / 2, (-u * u / 2).exp() / math.sqrt(2 * math.pi)
-    grad_up = (grad_down @ weights.down_weight) * mask_hidden * (whole + u * density)
-    grad_x = grad + _through_norm(grad_up @ weights.up_weight, there.normed, there.rstd)
-    grad_out = grad_x * mask_out
-    pairs = ((grad_out, attended.to(x.dtype)), (grad_up, there.normed), (grad_down, there.hidden))
+    out, _, up, _, down, _ = weights
+    masks = _masks(x, seed, dropout)
+    _, normed, rstd, raised, hidden = _forward(x, attended, weights, masks, eps)
+    grad_down = grad * masks[2]
+    whole, density = (1 + torch.erf(raised / math.sqrt(2))) / 2, (-raised * raised / 2).exp() / math.sqrt(2 * math.pi)
+    grad_up = (grad_down @ down) * masks[1] * (whole + raised * density)
+    grad_x = grad + _through_norm(grad_up @ up, normed, rstd)
+    grad_out = grad_x * masks[0]
+    pairs = ((grad_out, attended.to(x.dtype)), (grad_up, normed), (grad_down, hidden))
     flat = [(left.flatten(0, -2), right.flatten(0, -2)) for left, right in pairs]
     parts = [(left.T @ right).flatten() for left, right in flat] + [left.sum(0) for left, _ in flat]
-    return grad_x, (grad_out @ weights.out_weight).to(attended.dtype), torch.cat(parts)
+    return grad_x, (grad_out @ out).to(attended.dtype), torch.cat(parts)
 
 
 @torch.library.register_fake("sat_lib::after_attention_backward", lib=library)
@@ -352,14 +335,10 @@ def _differentiate_after(ctx, grad):
     x, attended, *weights, seed = ctx.saved_tensors
     call = torch.ops.sat_lib.after_attention_backward
     grad_x, grad_attended, flat = call(grad, x, attended, *weights, seed, ctx.dropout, ctx.eps)
-    return grad_x, grad_attended, *_unflattened(flat, _Weights(*weights)), None, None, None
-
-
-def _unflattened(flat: Tensor, weights: _Weights) -> _Weights:
-    """The flat gradient cut into those of the weights, in their shapes."""
-    parts = flat.split([getattr(weights, name).numel() for name in _FLAT])
-    grads = dict(zip(_FLAT, parts, strict=True))
-    return _Weights(**{name: grads[name].view_as(weight) for name, weight in weights._asdict().items()})
+    ordered = weights[::2] + weights[1::2]  # the flat gradient has the biases behind all weights
+    parts = flat.split([weight.numel() for weight in ordered])
+    out, up, down, *biases = (part.view_as(weight) for part, weight in zip(parts, ordered, strict=True))
+    return grad_x, grad_attended, out, biases[0], up, biases[1], down, biases[2], None, None, None
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------

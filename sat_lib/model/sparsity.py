@@ -9,18 +9,11 @@ from torch import Tensor, nn
 from ..attention.layout import BlockLayout
 from ..common.errors import require
 
-
-def _calibrated(weight: Tensor) -> Tensor:
-    """Every entry of R~ starts near 1, with differences from which the rows of W^P can part.
-
-    Entries of W^P are 1 / sqrt(width): for a head size of 32, 0.18, which Adam covers in the published warm-up.
-    """
-    return nn.init.normal_(weight, 1.0, 0.1).div_(weight.shape[1] ** 0.5)
-
-
 INITIALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "released": lambda weight: nn.init.uniform_(weight, 0.0, 1.0),  # R~ starts near width / 4, far above its target
-    "calibrated": _calibrated,
+    # Every entry of R~ starts near 1, with differences from which the rows of W^P can part. Entries of W^P are
+    # 1 / sqrt(width): for a head size of 32, 0.18, which Adam covers in the published warm-up.
+    "calibrated": lambda weight: nn.init.normal_(weight, 1.0, 0.1).div_(weight.shape[1] ** 0.5),
 }
 
 
@@ -79,10 +72,7 @@ def freeze(
     Raises:
         InputError: another number of layouts, or one that doesn't fit the heads or the length. Nothing is frozen then.
     """
-    require(
-        len(layouts) == len(parameters),
-        f"layouts: wanted {len(parameters)}, one per layer; got {len(layouts)}",
-    )
+    require(len(layouts) == len(parameters), f"layouts: wanted {len(parameters)}, one per layer; got {len(layouts)}")
     for layout in layouts:
         layout.check(heads, length, length)
     for parameter in parameters:

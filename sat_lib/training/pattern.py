@@ -34,9 +34,7 @@ def block_scores(model: Encoder, recipe: Recipe, examples: Examples, step: int) 
     return block_saliency(model, recipe.pattern, *examples.batch(chosen), seed=recipe.seed)
 
 
-def generate_layouts(
-    model: Encoder, recipe: Recipe, examples: Examples, step: int
-) -> tuple[Tensor, list[BlockLayout]]:
+def generate_layouts(model: Encoder, recipe: Recipe, examples: Examples, step: int) -> tuple[Tensor, list[BlockLayout]]:
     """`block_scores`, and a layout for each layer. The same in all processes: process 0's scores decide."""
     config = model.config
     scores = block_scores(model, recipe, examples, step).to(examples.device).contiguous()

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -16,7 +15,6 @@ from ..model.encoder import ModelConfig
 from .saliency import CRITERIA
 
 PATTERNS = ("learned", "near", "random", *CRITERIA)
-PRECISIONS = ("fp32", "bf16")
 PAPER_TASKS = ("agnews", "yelp", "cifar10", "inaturalist")
 
 
@@ -69,7 +67,7 @@ class Recipe:
         require(0 < self.density <= 1, f"density: wanted more than 0 and at most 1; got {self.density}")
         for name, allowed in {
             "schedule_after": ("constant", "continued"),
-            "precision": PRECISIONS,
+            "precision": ("fp32", "bf16"),
             "protocol": PROTOCOLS,
             "switch_rule": ("stable", "overfit", "gap"),
             "pattern": PATTERNS,
@@ -114,8 +112,6 @@ class RunConfig:
 
 # ---- the published numbers -------------------------------------------------------------------------------------------
 
-LAYERS = {"image": 2, "text": 4, "symbols": 4}
-
 # The first four are the paper's. imdb takes Yelp's numbers, the other set of reviews. The embedded tasks are ours,
 # sized for two CPU cores; the maps of the digits are means over few examples and jump about more from step to step
 # than those of batches of 512, so their transition test has a wider delta.
@@ -133,12 +129,12 @@ PUBLISHED = {
 
 
 def model_config(task_name: str, **changes) -> ModelConfig:
-    """The published model for a task (2 layers for images, 4 for text), with `changes` by field name."""
+    """The published model for a task (2 layers for images, 4 for others), with `changes` by field name."""
     data = task(task_name)
     sizes = {
         "vocab": data.vocab,
         "classes": len(data.classes),
-        "layers": LAYERS[data.kind],
+        "layers": 2 if data.kind == "image" else 4,
         "length": data.length,
         "masked_attention": data.masked_attention,
     }
@@ -146,13 +142,6 @@ def model_config(task_name: str, **changes) -> ModelConfig:
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------
-
-
-class Preset(NamedTuple):
-    """What is changed of the published model, and of the recipe of a run."""
-
-    model: dict
-    recipe: Callable[[RunConfig], dict]
 
 
 # What the ablations led to: blocks are smaller, W^P learns which of them go together by their contents, and pruned
@@ -184,10 +173,10 @@ def averaged_steps(steps: int) -> int:
     return max(1, steps // 25)
 
 
-PRESETS = {
-    "released": Preset({}, lambda run: {}),
-    "continued": Preset({}, lambda run: {"schedule_after": "continued"}),
-    "best": Preset(BEST_MODEL, best_recipe),
+PRESETS: dict[str, Callable[[RunConfig], dict]] = {  # what each changes of the recipe of a run
+    "released": lambda run: {},
+    "continued": lambda run: {"schedule_after": "continued"},
+    "best": best_recipe,
 }
 
 
@@ -206,15 +195,15 @@ def run_config(
         InputError: an unknown task, attention, preset or field, or a value out of range.
     """
     require(preset in PRESETS, f"preset: wanted one of {tuple(PRESETS)}; got {preset!r}")
-    base = PUBLISHED[task(task_name).name]
-    for given, known in ((changes, Recipe), (model or {}, ModelConfig)):
+    base, model = PUBLISHED[task(task_name).name], model or {}
+    for given, known in ((changes, Recipe), (model, ModelConfig)):
         unknown = sorted(set(given) - set(known.__dataclass_fields__))
         require(not unknown, f"unknown setting {unknown}; known: {sorted(known.__dataclass_fields__)}")
-    best_of_sat = preset != "best" or attention == "sat"
-    require(best_of_sat, f"preset: 'best' is for the attention 'sat'; got {attention!r}")
-    model = PRESETS[preset].model | (model or {})
+    if preset == "best":
+        require(attention == "sat", f"preset: 'best' is for the attention 'sat'; got {attention!r}")
+        model = BEST_MODEL | model
     run = RunConfig(model_config(task_name, attention=attention, **model), replace(base, **changes))
-    settings = PRESETS[preset].recipe(run)
+    settings = PRESETS[preset](run)
     if "switch_rule" in changes:
         settings.pop("switch_at", None)  # the rule that is asked for decides
     return replace(run, recipe=replace(run.recipe, **settings | changes))

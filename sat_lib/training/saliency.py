@@ -47,7 +47,7 @@ class Criterion(NamedTuple):
     """function: (Seen, block) -> (b, H, N, N), example by example. reduce: of its mean and mean square over them."""
 
     function: Callable[[Seen, int], Tensor]
-    reduce: Callable[[Tensor, Tensor], Tensor]
+    reduce: Callable[[Tensor, Tensor], Tensor] = lambda mean, square: mean
 
 
 def _pool(entries: Tensor, block: int) -> Tensor:
@@ -83,30 +83,14 @@ def _pull(seen: Seen, block: int) -> Tensor:
     return -_pool(through - seen.attention * through.sum(-1, keepdim=True), block)
 
 
-def _mean(mean: Tensor, square: Tensor) -> Tensor:
-    return mean
-
-
-def _mean_square(mean: Tensor, square: Tensor) -> Tensor:
-    return square
-
-
-def _deviation(mean: Tensor, square: Tensor) -> Tensor:
-    return (square - mean.square()).clamp(min=0).sqrt()
-
-
-def _beyond_column(mean: Tensor, square: Tensor) -> Tensor:
-    return mean - mean.mean(-2, keepdim=True)
-
-
 OF_THE_MAP = {
-    "attention": Criterion(_mass, _mean),
-    "excess": Criterion(_mass, _beyond_column),
-    "content": Criterion(_mass, _deviation),
-    "value": Criterion(_moved, _mean),
-    "taylor": Criterion(_rise, _mean),
-    "gradient": Criterion(_pull, _mean),
-    "fisher": Criterion(_pull, _mean_square),
+    "attention": Criterion(_mass),
+    "excess": Criterion(_mass, lambda mean, square: mean - mean.mean(-2, keepdim=True)),
+    "content": Criterion(_mass, lambda mean, square: (square - mean.square()).clamp(min=0).sqrt()),
+    "value": Criterion(_moved),
+    "taylor": Criterion(_rise),
+    "gradient": Criterion(_pull),
+    "fisher": Criterion(_pull, lambda mean, square: square),
 }
 CRITERIA = (*OF_THE_MAP, "gate", "correlation")
 
@@ -151,28 +135,28 @@ def _plain_copy(model: Encoder) -> Encoder:
 
 def _passes(probe: Encoder, tokens: Tensor, labels: Tensor) -> Iterator[list[Seen]]:
     """Forward and backward, some examples at a time: what is seen of every layer."""
-    config, seen = probe.config, {}
+    config, seen = probe.config, []
 
-    def look(layer: int, attend: Callable) -> Callable:
+    def looking(attend: Callable) -> Callable:
         def attend_and_look(q, k, v, *, key_padding_mask=None, **more):
             out = attend(q, k, v, key_padding_mask=key_padding_mask, **more).requires_grad_()
             out.retain_grad()
             attention = attention_map(q.detach(), k.detach(), key_padding_mask)
             if key_padding_mask is not None:
                 attention = attention * key_padding_mask[:, None, :, None]
-            seen[layer] = attention, v, out
+            seen.append((attention, v.detach(), out))
             return out
 
         return attend_and_look
 
-    for layer, part in enumerate(probe.layers):
-        part.attention.attend = look(layer, part.attention.attend)
+    for layer in probe.layers:
+        layer.attention.attend = looking(layer.attention.attend)
     chunk = max(1, CHUNK_ENTRIES // (config.heads * config.length**2))
-    for start in range(0, len(tokens), chunk):
-        part = slice(start, start + chunk)
+    for some, right in zip(tokens.split(chunk), labels.split(chunk), strict=True):
+        seen.clear()
         with torch.enable_grad():
-            F.cross_entropy(probe(tokens[part]).logits, labels[part], reduction="sum").backward()
-        yield [Seen(a, v.detach(), out.detach(), out.grad) for a, v, out in map(seen.get, sorted(seen))]
+            F.cross_entropy(probe(some).logits, right, reduction="sum").backward()
+        yield [Seen(attention, v, out.detach(), out.grad) for attention, v, out in seen]
 
 
 # ---- a trained criterion, and one of the contents --------------------------------------------------------------------

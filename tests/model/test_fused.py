@@ -193,6 +193,7 @@ def test_what_the_operators_cannot_take_is_refused(device):
     norm, linear = nn.LayerNorm(WIDTH).to(device), nn.Linear(WIDTH, WIDTH).to(device)
     up, down = nn.Linear(WIDTH, HIDDEN).to(device), nn.Linear(HIDDEN, WIDTH).to(device)
     tokens = torch.zeros(2, dtype=torch.int64, device=device)
+    wide, many = (Encoder(model_config("cifar10", **size)).to(device) for size in ({"width": 128}, {"vocab": 1701}))
     for call, message in (
         (lambda: embedding(tokens, table), r"V at most 1700; got \(1701, 64\)"),
         (lambda: embedding(tokens, table[:9].double()), "wanted .*float32.*; got .*float64"),
@@ -203,8 +204,8 @@ def test_what_the_operators_cannot_take_is_refused(device):
         (lambda: after_attention(x, x, linear, norm, linear, down, 0.0), r"wanted weights and biases .*\(128, 64\)"),
         (lambda: after_attention(x, x, linear, norm, up, down, 1.0), "dropout: wanted 0 to 0.99; got 1.0"),
         (lambda: before_attention(x, norm, (linear, linear, up)), r"got .*\(128, 64\)"),
-        (lambda: fused.check_fusable(128, 128, 9, device), "fused layer is for 64 and 128; got 128 and 128"),
-        (lambda: fused.check_fusable(64, 128, 1701, device), "vocab: .* up to 1700 tokens; got 1701"),
+        (lambda: fused.fuse(wide, compiled=False), "fused layer is for 64 and 128; got 128 and 128"),
+        (lambda: fused.fuse(many, compiled=False), "vocab: .* up to 1700 tokens; got 1701"),
     ):
         with pytest.raises(InputError, match=message):
             call()
