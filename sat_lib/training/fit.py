@@ -1,10 +1,10 @@
 """A training run and its folder: fit to the end or resume, checkpoints, metrics, the result.
 
-    config.json      the configuration          metrics.jsonl   a line per step or evaluation
-    last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
-    step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same, or
-                     with `average` in the recipe the averaged weights
-    result.json      written last: the run is finished
+config.json      the configuration          metrics.jsonl   a line per step or evaluation
+last.pt          to resume from             best-dense.pt, best-sparse.pt   highest dev accuracy of each phase
+step-000050.pt   a snapshot: the model before step 50, where `fit` was asked for it; best-*.pt hold the same, or
+                 with `average` in the recipe the averaged weights
+result.json      written last: the run is finished
 """
 
 import contextlib
@@ -81,17 +81,26 @@ def fit(
             return result
         run = _Run(config, data, folder, device, step)
         _check_snapshots(folder, [step for step in snapshots if step < run.trainer.step])
-        bar = stack.enter_context(tqdm(**run.bar_settings(progress and distributed.rank() == 0)))
-        while run.trainer.step < config.recipe.steps:
-            if run.trainer.step in snapshots:
-                run.save_snapshot()
-            if run.trainer.step == stop_at:
+        bar = tqdm(
+            total=config.recipe.steps,
+            initial=run.trainer.step,
+            desc=config.name,
+            unit="step",
+            disable=not (progress and run.writes),
+            mininterval=0.2 if sys.stderr.isatty() else 2.0,
+            dynamic_ncols=True,
+        )
+        stack.enter_context(bar)
+        while True:
+            done = run.trainer.step
+            if done in snapshots:
+                run.save_model(snapshot_path(folder, done), run.trainer.model)  # as trained, whatever is evaluated
+            if done == config.recipe.steps:
+                return run.finish()
+            if done == stop_at:
                 run.save(bar)
                 return None
             run.advance(bar)
-        if config.recipe.steps in snapshots:
-            run.save_snapshot()
-        return run.finish()
 
 
 @contextlib.contextmanager
@@ -145,17 +154,6 @@ class _Run:
         self.pending: list[dict] = []
         self.saved_at = time.monotonic()
 
-    def bar_settings(self, progress: bool) -> dict:
-        return {
-            "total": self.config.recipe.steps,
-            "initial": self.trainer.step,
-            "desc": self.config.name,
-            "unit": "step",
-            "disable": not progress,
-            "mininterval": 0.2 if sys.stderr.isatty() else 2.0,
-            "dynamic_ncols": True,
-        }
-
     def advance(self, bar: tqdm) -> None:
         """One step with its metrics; evaluation and checkpoint when they are due."""
         recipe, start, phase = self.config.recipe, time.perf_counter(), self.trainer.phase
@@ -169,12 +167,9 @@ class _Run:
         bar.update()
         if due:
             self.evaluate()
-        if due or switched or ((looks or distributed.size() == 1) and self._late()):
+        late = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS  # by process 0's clock
+        if due or switched or ((looks or distributed.size() == 1) and distributed.from_first(late)):
             self.save(bar)
-
-    def _late(self) -> bool:
-        """Whether a checkpoint is due by the clock, process 0's."""
-        return distributed.from_first(time.monotonic() - self.saved_at > CHECKPOINT_SECONDS)
 
     def flush(self, bar: tqdm) -> None:
         """Look at the pending losses, stop at one that isn't finite, write the lines."""
@@ -214,10 +209,6 @@ class _Run:
         if score.accuracy > self.best.get(trainer.phase, {"dev_accuracy": -1})["dev_accuracy"]:
             self.best[trainer.phase] = {"step": trainer.step, "dev_accuracy": score.accuracy}
             self.save_model(self.folder / f"best-{trainer.phase}.pt", trainer.evaluated)
-
-    def save_snapshot(self) -> None:
-        """The model as trained, whatever is evaluated."""
-        self.save_model(snapshot_path(self.folder, self.trainer.step), self.trainer.model)
 
     def save_model(self, path: Path, model: Encoder) -> None:
         """What `load_model` needs, and the step."""

@@ -1,7 +1,6 @@
 """The steps of training: dense phase, transition, sparse phase. `fit.fit` drives them, or a notebook."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,6 @@ from .recipe import RunConfig
 from .transition import TransitionRule
 
 STEPS = ("auto", "fast", "plain")
-
-
-class Gradients(NamedTuple):
-    """What a step's forward and backward pass leave beside the gradients. In SAT's dense phase the last two too."""
-
-    loss: Tensor
-    sparsity_loss: Tensor | None = None
-    mean_maps: Sequence[Tensor] = ()
 
 
 class Trainer:
@@ -70,9 +61,7 @@ class Trainer:
         self.transition_step: int | None = None
         self.evaluation_rule = EvaluationRule(recipe.switch_rule)
         self.maps: dict[str, Tensor] = {}  # what the transition saw: see `enter_sparse_phase`
-        self._new_optimiser(recipe.rate, scheduled=True)
-        self._new_average()
-        self._new_phase()
+        self._new_phase(recipe.rate, scheduled=True)
 
     def _fuse(self, step: str) -> str | None:
         """Make the model a fast one where that was asked for; the reason where it stays plain."""
@@ -94,16 +83,11 @@ class Trainer:
             self._examples[id(split)] = Examples(split, self.device)
         return self._examples[id(split)]
 
-    def _new_phase(self) -> None:
+    def _new_graph(self) -> None:
         """What one graph can repeat is a phase's own."""
         self._captured = Captured(self.device) if self.fast and self.device.type == "cuda" else None
         if self._captured:
             distributed.release_at_the_end(self._captured)
-
-    def _new_average(self) -> None:
-        """Begin the average anew. SAT's dense phase, whose evaluations the rules look at, has none."""
-        averaged = self.recipe.average is not None and not self.learning
-        self.average = MovingAverage(self.model, self.recipe.average) if averaged else None
 
     @property
     def evaluated(self) -> Encoder:
@@ -115,8 +99,8 @@ class Trainer:
         """ "dense" or "sparse"."""
         return "dense" if self.model.layouts is None else "sparse"
 
-    def _new_optimiser(self, rate: float, scheduled: bool) -> None:
-        """A fresh AdamW, with the published OneCycle schedule or at a constant rate."""
+    def _new_phase(self, rate: float, scheduled: bool) -> None:
+        """A fresh AdamW, with the published OneCycle schedule or at a constant rate; average and graph begin anew."""
         steps, trained = self.recipe.steps, [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimiser = torch.optim.AdamW(
             trained, lr=rate, betas=(0.9, 0.999), eps=1e-6, weight_decay=0, fused=self.device.type == "cuda"
@@ -126,6 +110,9 @@ class Trainer:
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimiser, rate, steps, pct_start=self.recipe.warm_up / steps, anneal_strategy="linear"
             )
+        averaged = self.recipe.average is not None and not self.learning  # whose rules look at the model itself
+        self.average = MovingAverage(self.model, self.recipe.average) if averaged else None
+        self._new_graph()
 
     @property
     def learning(self) -> bool:
@@ -147,16 +134,16 @@ class Trainer:
         record = {"step": self.step, "phase": self.phase, "rate": self.optimiser.param_groups[0]["lr"]}
         batch = batch or self._batch()
         seen = self._captured(self._backward, *batch) if self._captured else self._backward(*batch)
-        record["loss"] = seen.loss
+        record["loss"], sparsity_loss, mean_maps = seen
         if learning:
-            measured = self.rule.measure(seen.mean_maps)
+            measured = self.rule.measure(mean_maps)
             distributed.copy_first([measured])  # all judge the same numbers
             measured = Reading(measured)  # read once the rest of the step is queued
         self._update()
         if learning:
-            self.evaluation_rule.note_step(seen.loss)
-            record["sparsity_loss"] = seen.sparsity_loss
-            record |= self._test_transition(measured.values(), seen.mean_maps)
+            self.evaluation_rule.note_step(record["loss"])
+            record["sparsity_loss"] = sparsity_loss
+            record |= self._test_transition(measured.values(), mean_maps)
         elif self._refresh_is_due():
             self._refresh_layouts()
         self.step += 1
@@ -166,21 +153,22 @@ class Trainer:
         indices = batch_indices(len(self.examples), self.recipe.batch, self.step, self.recipe.seed)
         return self.examples.batch(distributed.share(indices))
 
-    def _backward(self, tokens: Tensor, labels: Tensor) -> Gradients:
-        """Leave the clipped gradients of the loss in the parameters: means over the processes, as what is returned."""
+    def _backward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+        """Leave the clipped gradients of the loss in the parameters: means over the processes, as what is returned, the
+        loss, and in SAT's dense phase the sparsity loss and the mean maps."""
         self.optimiser.zero_grad(set_to_none=True)
         with self.recipe.autocast(self.device):
             output = self.model(tokens, statistics=self.learning)
             loss = F.cross_entropy(output.logits.float(), labels)
         if not self.learning:
             loss.backward()
-            return Gradients(self._share_gradients(loss))
+            return self._share_gradients(loss), None, ()
         wanted = "pooled" if self.config.model.sparsity_target == "attention" else "correlation"
         maps, pooled = ([getattr(seen, name) for seen in output.statistics] for name in ("mean_map", wanted))
         means = distributed.mean([*maps, *pooled])
         sparsity_loss = model_sparsity_loss(self.model.sparsity_parameters, means[len(maps) :])
         (loss + LOSS_WEIGHT * self.config.model.layers * sparsity_loss).backward()
-        return Gradients(self._share_gradients(loss), sparsity_loss.detach(), means[: len(maps)])
+        return self._share_gradients(loss), sparsity_loss.detach(), means[: len(maps)]
 
     def _share_gradients(self, loss: Tensor) -> Tensor:
         """Put the mean over the processes in place of each gradient, clip it, and return that of the loss."""
@@ -200,16 +188,13 @@ class Trainer:
         if self.step == 0:
             self.maps["start"] = self._pool(mean_maps)
         stable, tests = self.rule.judge(measured)
-        if self._should_switch(stable):
+        switch = stable if self.recipe.switch_rule == "stable" else self.evaluation_rule.fired
+        if self.recipe.switch_at is not None:  # forced
+            switch = self.step >= self.recipe.switch_at
+        if switch:
             self.enter_sparse_phase(mean_maps)
         told = ("skewness", "distance", "change_percent")
         return {name: [getattr(test, name) for test in tests] for name in told}
-
-    def _should_switch(self, stable: bool) -> bool:
-        """Whether the dense phase ends with this step: where it is forced to, or by the rule."""
-        if self.recipe.switch_at is not None:
-            return self.step >= self.recipe.switch_at
-        return stable if self.recipe.switch_rule == "stable" else self.evaluation_rule.fired
 
     def _pool(self, mean_maps: Sequence[Tensor]) -> Tensor:
         return torch.stack([pool_blocks(mean_map, self.config.model.block).float().cpu() for mean_map in mean_maps])
@@ -228,7 +213,7 @@ class Trainer:
         _, layouts = generate_layouts(self.model, self.recipe, self.examples, self.step)
         for model in {self.model, self.evaluated}:
             model.enter_sparse_phase(layouts)
-        self._new_phase()
+        self._new_graph()
 
     @torch.no_grad()
     def enter_sparse_phase(self, mean_maps: Sequence[Tensor]) -> None:
@@ -252,9 +237,7 @@ class Trainer:
     def _start_sparse_phase(self, layouts: list[BlockLayout]) -> None:
         self.model.enter_sparse_phase(layouts)
         rate, continued = self.recipe.rate * self.recipe.rate_after, self.recipe.schedule_after == "continued"
-        self._new_optimiser(rate, scheduled=continued)
-        self._new_average()
-        self._new_phase()
+        self._new_phase(rate, scheduled=continued)
 
     def evaluate(self, split: Split) -> Score:
         """Score of the model as it is, or of its moving average, on a split: see `evaluation.evaluate`."""
