@@ -74,10 +74,6 @@ def _through_map(seen: Seen) -> Tensor:
     return seen.attention * (seen.grad @ seen.v.transpose(-1, -2))
 
 
-def _rise(seen: Seen, block: int) -> Tensor:
-    return -_pool(_through_map(seen), block)
-
-
 def _pull(seen: Seen, block: int) -> Tensor:
     through = _through_map(seen)
     return -_pool(through - seen.attention * through.sum(-1, keepdim=True), block)
@@ -88,7 +84,7 @@ OF_THE_MAP = {
     "excess": Criterion(_mass, lambda mean, square: mean - mean.mean(-2, keepdim=True)),
     "content": Criterion(_mass, lambda mean, square: (square - mean.square()).clamp(min=0).sqrt()),
     "value": Criterion(_moved),
-    "taylor": Criterion(_rise),
+    "taylor": Criterion(lambda seen, block: -_pool(_through_map(seen), block)),
     "gradient": Criterion(_pull),
     "fisher": Criterion(_pull, lambda mean, square: square),
 }

@@ -73,22 +73,18 @@ class TransitionRule:
     def judge(self, measured: Sequence[Sequence[float]]) -> tuple[bool, list[LayerTest]]:
         """What `measure` gave, as numbers -> whether to switch, and each layer's test."""
         skews, moved = measured
-        before = self.distances or [None] * len(skews)
-        tests = [
-            self._test(skew, None if math.isnan(now) else now, earlier)
-            for skew, now, earlier in zip(skews, moved, before, strict=True)
-        ]
+        before, tests = self.distances or [None] * len(skews), []
+        for skew, now, earlier in zip(skews, moved, before, strict=True):
+            known = None if math.isnan(now) else now
+            change = None if known is None or not earlier else abs(now - earlier) / earlier * 100
+            passed = skew >= self.theta and change is not None and change < self.delta
+            tests.append(LayerTest(skew, known, change, passed))
         self.distances = [test.distance for test in tests]
         return all(test.passed for test in tests), tests
 
     def update(self, mean_maps: Sequence[Tensor]) -> tuple[bool, list[LayerTest]]:
         """`measure` and `judge` at once."""
         return self.judge(self.measure(mean_maps).tolist())
-
-    def _test(self, skew: float, now: float | None, before: float | None) -> LayerTest:
-        change = None if now is None or not before else abs(now - before) / before * 100
-        passed = skew >= self.theta and change is not None and change < self.delta
-        return LayerTest(skew, now, change, passed)
 
     def state_dict(self) -> dict:
         """What a resumed run needs: the maps and distances of the last step."""
