@@ -1,6 +1,7 @@
 """The sparsity pattern generator: a rule that makes a layout of scores. Others are in `static_patterns`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,23 +61,19 @@ def _largest(scores: np.ndarray, kept: int) -> np.ndarray:
     return grid.reshape(scores.shape)
 
 
-def _in_rounds(choose: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, int], np.ndarray]:
-    """A budget that takes a block of every row in each round, the columns by `choose`; in the last the best of them."""
-
-    def take(scores: np.ndarray, kept: int) -> np.ndarray:
-        grid, rows = np.zeros(scores.shape, bool), np.arange(len(scores))
-        while kept > 0:
-            columns = choose(_behind(scores, grid))
-            best = np.argsort(-scores[rows, columns], kind="stable")[:kept]
-            grid[rows[best], columns[best]] = True
-            kept -= len(best)
-        return grid
-
-    return take
+def _in_rounds(choose: Callable[[np.ndarray], np.ndarray], scores: np.ndarray, kept: int) -> np.ndarray:
+    """Take a block of every row in each round, the columns by `choose`; in the last the best of them."""
+    grid, rows = np.zeros(scores.shape, bool), np.arange(len(scores))
+    while kept > 0:
+        columns = choose(_behind(scores, grid))
+        best = np.argsort(-scores[rows, columns], kind="stable")[:kept]
+        grid[rows[best], columns[best]] = True
+        kept -= len(best)
+    return grid
 
 
 BUDGETS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "blocks": _largest,
-    "rows": _in_rounds(lambda scores: scores.argmax(1)),
-    "balanced": _in_rounds(lambda scores: linear_sum_assignment(scores, maximize=True)[1]),
+    "rows": partial(_in_rounds, lambda scores: scores.argmax(1)),
+    "balanced": partial(_in_rounds, lambda scores: linear_sum_assignment(scores, maximize=True)[1]),
 }

@@ -111,10 +111,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.attend = get_attention(config.attention, **attention_options(config, layer))
-        self.query = nn.Linear(config.width, config.width)
-        self.key = nn.Linear(config.width, config.width)
-        self.value = nn.Linear(config.width, config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.query, self.key, self.value, self.out = (nn.Linear(config.width, config.width) for _ in range(4))
         self.global_projections = None  # of Longformer's global token: query, key, value
         if config.attention == "longformer" and config.global_token:
             self.global_projections = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(3))

@@ -16,6 +16,7 @@ examples; `block_correlation` is also what W^P can be trained to predict, batch 
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -133,20 +134,17 @@ def _passes(probe: Encoder, tokens: Tensor, labels: Tensor) -> Iterator[list[See
     """Forward and backward, some examples at a time: what is seen of every layer."""
     config, seen = probe.config, []
 
-    def looking(attend: Callable) -> Callable:
-        def attend_and_look(q, k, v, *, key_padding_mask=None, **more):
-            out = attend(q, k, v, key_padding_mask=key_padding_mask, **more).requires_grad_()
-            out.retain_grad()
-            attention = attention_map(q.detach(), k.detach(), key_padding_mask)
-            if key_padding_mask is not None:
-                attention = attention * key_padding_mask[:, None, :, None]
-            seen.append((attention, v.detach(), out))
-            return out
-
-        return attend_and_look
+    def attend_and_look(attend, q, k, v, *, key_padding_mask=None, **more):
+        out = attend(q, k, v, key_padding_mask=key_padding_mask, **more).requires_grad_()
+        out.retain_grad()
+        attention = attention_map(q.detach(), k.detach(), key_padding_mask)
+        if key_padding_mask is not None:
+            attention = attention * key_padding_mask[:, None, :, None]
+        seen.append((attention, v.detach(), out))
+        return out
 
     for layer in probe.layers:
-        layer.attention.attend = looking(layer.attention.attend)
+        layer.attention.attend = partial(attend_and_look, layer.attention.attend)
     chunk = max(1, CHUNK_ENTRIES // (config.heads * config.length**2))
     for some, right in zip(tokens.split(chunk), labels.split(chunk), strict=True):
         seen.clear()
@@ -164,18 +162,15 @@ def _train_gate(probe: Encoder, tokens: Tensor, labels: Tensor, seed: int) -> Te
     gate = torch.zeros(config.layers, config.heads, config.blocks, config.blocks, device=tokens.device)
     gate.requires_grad_()
 
-    def gated(layer: int):
-        def attend(q, k, v, *, key_padding_mask=None, **_):
-            spread = gate[layer].repeat_interleave(config.block, -1).repeat_interleave(config.block, -2)
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + spread[:, : config.length, : config.length]
-            if key_padding_mask is not None:
-                scores = scores.masked_fill(~key_padding_mask[:, None, None], -torch.inf)
-            return scores.softmax(-1).nan_to_num(nan=0.0) @ v
-
-        return attend
+    def attend(layer, q, k, v, *, key_padding_mask=None, **_):
+        spread = gate[layer].repeat_interleave(config.block, -1).repeat_interleave(config.block, -2)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + spread[:, : config.length, : config.length]
+        if key_padding_mask is not None:
+            scores = scores.masked_fill(~key_padding_mask[:, None, None], -torch.inf)
+        return scores.softmax(-1).nan_to_num(nan=0.0) @ v
 
     for layer, part in enumerate(probe.layers):
-        part.attention.attend, part.attention.layout = gated(layer), None
+        part.attention.attend, part.attention.layout = partial(attend, layer), None
     optimiser = torch.optim.Adam([gate], GATE_RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(GATE_STEPS):
