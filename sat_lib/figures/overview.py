@@ -3,16 +3,16 @@
     frames = {"accuracy": ..., "step": ...}     # experiment -> its rows, as experiments.rows returns them
     findings(frames)
 
-Numbers are taken from the tables of the other notebooks, so both say the same.
+The rows are those of the other notebooks, so both say the same.
 """
 
 import numpy as np
 import pandas as pd
 
-from . import ablations, cell, claims, document_table, pretrained, speed, training
-from .evidence import Frames, where, with_sources
-from .judge import WORDS, Gap
-from .published import published_value
+from . import ablations, cell, claims, document_table, speed
+from .evidence import Frames, column, where, with_sources
+from .judge import WORDS, gap
+from .published import published_value, task_name
 
 SHAPES = (  # batch, length, head size, density: short, the published workload, long, wide, denser, everything kept
     (256, 512, 32, 0.05),
@@ -22,7 +22,7 @@ SHAPES = (  # batch, length, head size, density: short, the published workload, 
     (512, 1024, 32, 0.25),
     (512, 1024, 32, 1.0),
 )
-TASKS = ("CIFAR-10", "AG News")
+TASKS = ("cifar10", "agnews")
 
 
 # ---- what was found --------------------------------------------------------------------------------------------------
@@ -33,22 +33,21 @@ def findings(frames: Frames) -> pd.DataFrame:
 
     A difference of accuracies is one of means over seeds, with its standard error. "-" where a row isn't there.
     """
-    accuracy = _table(frames, "accuracy", training.accuracy_table)
-    less = lambda one, other: difference(accuracy, {"attention": one}, {"attention": other}, task="CIFAR-10")
+    less = lambda one, other: difference(frames["accuracy"], {"attention": one}, {"attention": other}, task="cifar10")
     ours = less("sat", "dense")
     published = "" if ours == "-" else f" (published {published_value('gain.cifar10'):+.2f})"
     neighbours = f"LSG {less('lsg', 'sat')}, Longformer {less('longformer', 'sat')}"
 
-    changes = _table(frames, "ablations", ablations.ablation_table)
-    change = lambda *pair: ", ".join(f"{task} {difference(changes, *pair, task=task)}" for task in TASKS)
-    blocks = change({"changed": "preset", "to": "best"}, {"changed": "preset", "to": "best, all blocks"})
-    pruned = change({"changed": "pruned", "to": "zero"}, {"changed": "layout", "to": "correlation, learned"})
+    change = lambda *pair: ", ".join(
+        f"{task_name(task)} {difference(frames['ablations'], *pair, task=task)}" for task in TASKS
+    )
+    blocks = change({"group": "preset", "value": "best"}, {"group": "preset", "value": "best, all blocks"})
+    pruned = change({"group": "pruned", "value": "zero"}, {"group": "layout", "value": "correlation, learned"})
 
     (claim,) = (one for one in claims.claims() if "no more attention than random" in one.text)
     kept = claims.verdict(claim, with_sources(frames))["ours"]
-    models = _table(frames, "finetuning", pretrained.finetuning_table)
     sat = {"attention": "sat", "pattern": "learned", "pruned": "zero", "density": 0.5}
-    tuned = difference(models, sat, {"attention": "dense"}, model="MiniLM", data="MRPC")
+    tuned = difference(frames["finetuning"], sat, {"attention": "dense"}, model="minilm", data="mrpc")
 
     lines = [
         ("accuracy: SAT as published less dense attention, CIFAR-10", ours + published, "03_accuracy"),
@@ -72,37 +71,27 @@ def _best(frames: Frames) -> str:
 
 
 def _steps(frames: Frames) -> str:
-    table = _table(frames, "step", speed.step_table)
+    table = speed.step_table(frames["step"]) if len(frames["step"]) else pd.DataFrame()
     kinds = {
         "bigbird, kernel": "BigBird through SAT's kernel",
         "dense": "dense",
         "bigbird, transformers": "BigBird as transformers has it",
     }
-    columns, told = [f"{task} time / SAT's" for task in TASKS], []
+    columns, told = [f"{task_name(task)} time / SAT's" for task in TASKS], []
     for kind, label in kinds.items():
         cells = [_last(table, column, **{"step of": kind}) for column in columns]
         told.append(f"{label} {', '.join(cells)}")
     return "; ".join(told)
 
 
-def _table(frames: Frames, experiment: str, make) -> pd.DataFrame:
-    """An experiment's table; empty without rows."""
-    return make(frames[experiment]) if len(frames[experiment]) else pd.DataFrame()
-
-
-def difference(table: pd.DataFrame, one: dict, other: dict, **both) -> str:
-    """Percentage points by which the mean of one line is above another's, with the standard error; "-" without both.
+def difference(rows: pd.DataFrame, one: dict, other: dict, **both) -> str:
+    """Percentage points by which the mean accuracy of some runs is above that of others, with its standard error.
 
     Args:
-        table: with columns "deviation" and "runs", and one of the means: "mean %" or "test %".
+        one, other, both: columns and their values. "-" where there are no such rows of one of them.
     """
-    lines = [where(table, **both, **equal) for equal in (one, other)]
-    if not all(map(len, lines)):
-        return "-"
-    names = ["mean %" if "mean %" in table else "test %", "deviation", "runs"]
-    numbers = pd.concat([line.tail(1)[names] for line in lines]).apply(pd.to_numeric, errors="coerce")
-    (mean, other), deviations, runs = numbers.to_numpy().T
-    return Gap(mean - other, np.sqrt((deviations**2 / runs).sum()), tuple(runs)).numbers
+    found = gap(*(100 * column(where(rows, **both, **equal), "test_accuracy") for equal in (one, other)))
+    return "-" if found is None else found.numbers
 
 
 def _last(table: pd.DataFrame, column: str, **equal) -> str:

@@ -40,7 +40,7 @@ def test_findings_are_at_most_eight_and_name_their_notebooks(frames):
 
 
 def test_findings_agree_with_the_verdicts(frames, verdicts):
-    """Both take differences of the same runs: these from rounded means, the verdicts from the rows."""
+    """Both take differences of the same runs."""
     number = dict(overview.findings(frames)[["finding", "number"]].to_numpy())
     ours = verdicts.set_index("claim")["ours"]
     gain = ours["CIFAR-10: accuracy that SAT gains over dense attention"].split(" (")[0]
@@ -58,11 +58,10 @@ def test_findings_without_rows_are_dashes(frames):
 
 
 def test_a_difference_has_the_standard_error_of_its_means():
-    line = {"task": "a", "deviation": 3.0, "runs": 9}
-    table = pd.DataFrame([line | {"name": "x", "mean %": 5}, line | {"name": "y", "mean %": 2}])
-    assert overview.difference(table, {"name": "x"}, {"name": "y"}, task="a") == "+3.00 ± 1.41"
-    assert overview.difference(table.assign(deviation=None), {"name": "x"}, {"name": "y"}) == "+3.00"
-    assert overview.difference(table, {"name": "x"}, {"name": "z"}) == "-"
+    rows = pd.DataFrame({"name": list("xxyyz"), "task": "a", "test_accuracy": [0.06, 0.04, 0.03, 0.01, 0.5]})
+    assert overview.difference(rows, {"name": "x"}, {"name": "y"}, task="a") == "+3.00 ± 1.41"
+    assert overview.difference(rows, {"name": "z"}, {"name": "y"}) == "+48.00"
+    assert overview.difference(rows, {"name": "x"}, {"name": "y"}, task="b") == "-"
 
 
 def test_speed_is_of_the_shapes_that_were_asked_for(frames):
