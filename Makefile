@@ -63,6 +63,7 @@ gputest: setup  ## run the GPU tests, and every kernel under compute-sanitizer; 
 
 lint: setup  ## check the style of code and notebooks, and that notebooks carry no output
 	@$(VENV) -m ruff check sat_lib tests notebooks
+	@$(VENV) -m ruff format --check -q sat_lib tests notebooks
 	@.venv/bin/lint-imports --no-cache --no-logo
 	@$(if $(NOTEBOOKS),$(VENV) -m nbstripout --verify --keep-id --extra-keys "$(OUTPUT_KEYS)" $(NOTEBOOKS))
 
