@@ -1,5 +1,7 @@
 """Layouts that no scores are learned for: the control for every learned one, those for study, and BigBird's."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -78,9 +80,9 @@ def check_bigbird(length: int, block: int, random_blocks: int) -> None:
     )
 
 
-def check_size(name: str, value: int, least: int) -> None:
+def check_size(name: str, value: Integral, least: int) -> None:
     """Raise InputError unless `value` is a whole number, `least` or more."""
-    whole = isinstance(value, int) and value >= least
+    whole = isinstance(value, Integral) and value >= least
     require(whole, f"{name}: wanted a whole number, {least} or more; got {value!r}")
 
 

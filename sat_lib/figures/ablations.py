@@ -166,13 +166,14 @@ def _around(task: str, name: str, rows: pd.DataFrame) -> list[str]:
     base = rows.loc[centre, "percent"]
     parts = rows.drop(index=centre).groupby(["group", "value"], sort=False)["percent"]
     gains = {_name(*key): gap(percent, base) for key, percent in parts}
+    told = {changed: f"{changed} {gain.numbers}" for changed, gain in gains.items()}
     order = sorted(gains, key=lambda changed: -gains[changed].difference)
-    words = [f"{changed} {gains[changed].numbers}" for changed in order]
-    better = sum(gain.difference > 0 for gain in gains.values())
+    above = [told[changed] for changed in order if gains[changed].difference > 0]
+    below = [told[changed] for changed in order if gains[changed].difference <= 0]
     return [
         f'{task}: {base.mean():.2f} % with "{name}" ({len(base)} {"run" if len(base) == 1 else "runs"}).',
-        f"Above it: {'; '.join(words[:better]) or 'nothing'}.",
-        f"Below it: {'; '.join(words[better:]) or 'nothing'}.",
+        f"Above it: {'; '.join(above) or 'nothing'}.",
+        f"Below it: {'; '.join(below) or 'nothing'}.",
     ]
 
 

@@ -31,7 +31,7 @@ def diagnosis_lines(rows: pd.DataFrame) -> pd.DataFrame:
 def diagnosis(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """What R~ has learned over the steps: the mean over seeds and layers, in a band from the least to the most of them.
 
-    Dashed: what the nearest map of its form holds. A line of panels a task.
+    Dashed: what the nearest map of the form `W^P (W^P)^T` holds. A line of panels a task.
     """
     drawn = diagnosis_lines(rows)
     shares = drawn.assign(**{name: drawn[name] / drawn["best_mass"] for name in ("mass_kept", "form_mass")})

@@ -42,8 +42,11 @@ def column(frame: pd.DataFrame, name: str) -> pd.Series:
 
 
 def training_runs(frames: Frames, *experiments: str) -> pd.DataFrame:
-    """Runs of the published method, each once, whichever experiment has it; `part` marks those that can't be set
-    beside a published accuracy, for fewer training examples or steps."""
+    """Runs of the published method, each once, whichever experiment has it.
+
+    Neither theta nor the density nor anything else of the method was changed. `part` marks those that can't be set
+    beside a published accuracy, for fewer training examples or steps.
+    """
     found = [frames[name] for name in experiments if len(frames[name])]
     if not found:
         return pd.DataFrame()

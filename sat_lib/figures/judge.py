@@ -140,7 +140,7 @@ class Finding:
         reasons: parts of the sentence beside it; empty ones are left out.
         numbers: what the claim's rule looks at, by the names of its arguments.
         judged: whether the rows can be held against the published value.
-        command: what measures these rows, where that isn't the claim's own command.
+        command: what measures these rows, where that isn't the claim's own command; several with ", " between them.
     """
 
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)

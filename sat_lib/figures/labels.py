@@ -15,12 +15,12 @@ def at_ends(axis: Axes, ends: Iterable[tuple[float, str, ColorType]], apart: flo
     Names that would overlap are moved apart, in the order of their heights, and stay beside the panel.
 
     Args:
-        ends: of each line where it ends, its name and its colour. apart: the least between two names, as a share of
-            the panel's height.
+        ends: of each line where it ends, its name and its colour; one that ends at NaN gets no name. apart: the least
+            between two names, as a share of the panel's height.
     """
     scale = axis.yaxis.get_transform()
     low, high = scale.transform(axis.get_ylim())
-    ends = sorted(ends, key=lambda end: end[0])
+    ends = sorted((end for end in ends if not np.isnan(end[0])), key=lambda end: end[0])
     steps = apart * np.arange(len(ends))
     heights = (scale.transform([value for value, _, _ in ends]) - low) / (high - low)
     heights = np.maximum.accumulate(heights - steps) + steps  # moved upward, then downward from the upper edge

@@ -123,7 +123,7 @@ def attention_speed(lines: pd.DataFrame) -> pd.DataFrame:
         "FlexAttention / SAT": ("flex", ".2f"),
     }
     shape = [f"{batch} x {heads} x {length:,} x {head_size}" for batch, heads, length, head_size in sides]
-    share = lines["density"].apply(cell, form=".0f", factor=100) + " %"
+    share = [cell(density, ".0f", 100) + " %" for density in lines["density"]]
     return document_table(lines.assign(shape=shape, share=share), columns)
 
 

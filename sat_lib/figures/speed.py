@@ -253,8 +253,8 @@ def kernel_table(lines: pd.DataFrame) -> pd.DataFrame:
     times = ["forward ms", "forward + backward ms"]
     over = lines[times] / fused[times].reindex(lines["products"]).set_axis(lines.index)
     forward, both = over["forward ms"], over["forward + backward ms"]
-    mark = np.where(both.isna() & forward.notna(), " (forward)", "")
-    lines["over fused"] = both.fillna(forward).apply(cell, form=".2f") + mark
+    ratios, marks = both.fillna(forward), np.where(both.isna() & forward.notna(), " (forward)", "")
+    lines["over fused"] = [cell(ratio, ".2f") + mark for ratio, mark in zip(ratios, marks, strict=True)]
     measured = ["forward ms", "forward x floor", "forward + backward ms", "forward + backward x floor"]
     columns = {"implementation": "method", "dtype": "products"}
     columns |= {name: (name, ".3g") for name in measured} | {"fused is faster": "over fused", "note": "note"}

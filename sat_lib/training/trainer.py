@@ -110,7 +110,8 @@ class Trainer:
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimiser, rate, steps, pct_start=self.recipe.warm_up / steps, anneal_strategy="linear"
             )
-        averaged = self.recipe.average is not None and not self.learning  # whose rules look at the model itself
+        # SAT's dense phase has no average: the switch rules look at evaluations of the model itself
+        averaged = self.recipe.average is not None and not self.learning
         self.average = MovingAverage(self.model, self.recipe.average) if averaged else None
         self._new_graph()
 
@@ -154,8 +155,11 @@ class Trainer:
         return self.examples.batch(distributed.share(indices))
 
     def _backward(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
-        """Leave the clipped gradients of the loss in the parameters: means over the processes, as what is returned, the
-        loss, and in SAT's dense phase the sparsity loss and the mean maps."""
+        """Leave the clipped gradients of the loss in the parameters, means over the processes.
+
+        Returns:
+            The loss; in SAT's dense phase the sparsity loss and the mean maps too, elsewhere None and (): all means.
+        """
         self.optimiser.zero_grad(set_to_none=True)
         with self.recipe.autocast(self.device):
             output = self.model(tokens, statistics=self.learning)

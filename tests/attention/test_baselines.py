@@ -1,5 +1,6 @@
 """What the baselines attend to: the published numbers of pairs, and what they refuse."""
 
+import numpy as np
 import pytest
 import torch
 from definitions import MASKS
@@ -68,7 +69,7 @@ def test_bigbirds_pattern():
 
 def test_bigbirds_random_blocks_depend_on_seed_and_layer_alone():
     grids = {(seed, layer): bigbird_layout(2, 16, 3, 32, seed, layer).grid for seed in range(2) for layer in range(2)}
-    assert torch.equal(grids[1, 1], bigbird_layout(2, 16, 3, 32, 1, 1).grid)
+    assert torch.equal(grids[1, 1], bigbird_layout(2, 16, np.int64(3), 32, 1, 1).grid)
     different = [torch.equal(x, y) for x in grids.values() for y in grids.values()]
     assert sum(different) == len(grids)
     chosen = torch.stack([bigbird_layout(1, 12, 3, 32, seed).grid[0, 5] for seed in range(300)]).float().mean(0)

@@ -129,6 +129,17 @@ def test_the_changes_are_differences_with_their_errors_the_largest_gain_first(ro
     ]
 
 
+def test_the_first_task_gives_a_change_its_place_whichever_run_was_measured_first(rows):
+    late = [
+        row("pruned", "zero", 0.50, task="agnews"),
+        row("dropout", 0.2, 0.43),
+        row("dropout", 0.2, 0.5, task="agnews"),
+    ]
+    late += [row("pruned", "zero", 0.42, seed=1)]
+    lines = changes.change_lines(pd.concat([rows[rows["group"] != "pruned"], pd.DataFrame(late)], ignore_index=True))
+    assert list(lines["task"].unique()) == ["cifar10", "agnews"] and lines["task"].is_monotonic_decreasing
+
+
 def test_the_changes_of_one_run_without_its_base_are_drawn_empty(rows):
     figure, drawn = changes.changes(rows[rows["group"] == "pruned"])
     assert drawn.empty and len(figure.axes) == 1

@@ -7,7 +7,7 @@ from made_rows import committed_rows
 from sat_lib import experiments, figures
 from sat_lib.common import files
 from sat_lib.experiments.kernel_summary import kernel_summary
-from sat_lib.figures import ablations, claims, overview, overview_figure
+from sat_lib.figures import ablations, claims, overview, overview_figure, speed
 from sat_lib.figures.judge import WORDS
 
 
@@ -71,6 +71,15 @@ def test_speed_is_of_the_shapes_that_were_asked_for(frames):
     assert list(table.loc[slower, "density"]) == ["100 %"], "where everything is kept, dense attention is faster"
 
 
+@pytest.mark.parametrize("measured", [1, 10, 40])
+def test_tables_of_kernels_are_made_of_what_has_been_measured(frames, measured):
+    lines = kernel_summary(frames["kernels"].iloc[:measured], bandwidth_tb_s=1.0)
+    shapes = overview.attention_speed(lines)
+    assert "SAT ms" in shapes and len(shapes) < len(overview.SHAPES)
+    assert len(speed.kernel_table(lines)) == (lines["sweep"] == "main").sum()
+    assert "fused is faster" in speed.kernel_table(lines.iloc[:0])
+
+
 def test_every_claim_has_one_verdict(verdicts):
     counts = overview.verdict_counts(verdicts)
     assert counts["claims"].sum() == len(verdicts) == len(overview.claim_table(verdicts))
@@ -82,8 +91,8 @@ def test_every_claim_has_one_verdict(verdicts):
 
 def test_the_figure_draws_what_the_other_tables_say(frames):
     figure, drawn = overview_figure.overview_figure(frames)
-    speed = overview.attention_speed(kernel_summary(frames["kernels"], bandwidth_tb_s=1.0))
-    longest = speed[speed["batch x heads x length x head size"].str.contains("16,384")].iloc[0]
+    fast = overview.attention_speed(kernel_summary(frames["kernels"], bandwidth_tb_s=1.0))
+    longest = fast[fast["batch x heads x length x head size"].str.contains("16,384")].iloc[0]
     at_longest = drawn[(drawn["length"] == 16384) & (drawn["density"] == 0.05)].set_index("method")["over_sat"]
     assert f"{at_longest['sdpa']:.2f}" == longest["SDPA / SAT"]
     assert f"{at_longest['flex']:.2f}" == longest["FlexAttention / SAT"]

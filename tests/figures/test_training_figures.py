@@ -49,8 +49,10 @@ def test_the_axis_of_accuracies_is_cut_and_the_published_means_can_be_left_out(r
 def test_labels_at_the_ends_of_lines_are_moved_apart_in_their_order_and_stay_beside_the_panel():
     _, ((axis,),) = figures.new(2, 2)
     axis.set_ylim(0, 10)
-    labels.at_ends(axis, [(10, "first", "black"), (9.9, "second", "black"), (2, "third", "black")])
+    ends = [(10, "first"), (9.9, "second"), (2, "third"), (float("nan"), "nowhere")]
+    labels.at_ends(axis, [(*end, "black") for end in ends])
     found = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert found.keys() == {"first", "second", "third"}
     assert found["first"] == pytest.approx(1) and found["third"] == pytest.approx(0.2)
     assert found["second"] == pytest.approx(1 - 0.13)
 
