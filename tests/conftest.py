@@ -1,9 +1,12 @@
 """Shared by all tests: a tiny task and the GPU marker."""
 
 import os
+import signal
 from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for long take a busy CPU's cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for tests that interrupt processes, which inherit it
 
 import numpy as np
 import pytest

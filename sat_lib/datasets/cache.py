@@ -166,7 +166,7 @@ def describe(root: Path | None = None) -> list[dict]:
                 meta = _verified(entry, folder, hashes=False)
                 splits = {split: value["rows"] for split, value in meta["splits"].items()}
                 row |= {"state": "ready", "splits": splits, "verified": meta["verified"]}
-            except (InputError, KeyError):
+            except (InputError, KeyError, TypeError, AttributeError):  # the last three of what it says of the splits
                 row["state"] = "damaged"
         rows.append(row)
     return rows
@@ -180,7 +180,8 @@ def provenance(name: str, root: Path | None = None) -> dict:
 def _verified(chosen: Task, folder: Path, hashes: bool = True) -> dict:
     """`meta.json` of the task's cache, see `store.verified`."""
     names = {f"{split}{end}" for split in chosen.sizes for end in (".tokens", ".labels.npy")}
-    return store.verified(folder, names, _kind(chosen), hashes)
+    downloads = None if chosen.embedded else bool(chosen.official)
+    return store.verified(folder, names, _kind(chosen), downloads, hashes)
 
 
 def _kind(chosen: Task) -> dict:

@@ -77,7 +77,8 @@ def _fetch(url: str, part: Path, progress: bool, way_out: str) -> None:
             if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:
                 have = 0  # a server that cannot resume sends everything again
             total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
-            bar = tqdm.wrapattr(response, "read", total, desc=part.stem, initial=have, disable=not progress)
+            look = {"bytes": False, "unit": "B", "unit_scale": True, "initial": have, "disable": not progress}
+            bar = tqdm.wrapattr(response, "read", total, desc=part.stem, **look)
             with part.open("ab" if have else "wb") as file, bar as body:
                 shutil.copyfileobj(body, file, 1 << 20)
         if total is not None and part.stat().st_size < total:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..common import files
 from ..common.errors import InputError, require
-from . import cache, store
+from . import cache, readers, store
 from .downloads import download_all, officials
 
 NAMES = ("mrpc", "docstrings")
@@ -112,7 +112,9 @@ def prepare_mrpc(source: Path | None = None, root: Path | None = None, progress:
         InputError: files missing, damaged or (downloaded) not the official ones; no network; a full disk; a folder
             made from another source; another process preparing it. Nothing is left half made.
     """
-    folder = store.place("mrpc", root)
+    folder, names = store.place("mrpc", root), " and ".join(sorted(_names()))
+    is_folder = source is None or Path(source).is_dir()
+    require(is_folder, f"source {source} is not a folder; name the one that holds {names}")
     fill = functools.partial(_fill_mrpc, folder.parent / "downloads" / "mrpc", progress)
     return store.prepared(folder, source, functools.partial(store.verified, folder, _names(), {}), fill)
 
@@ -148,7 +150,8 @@ def read_mrpc(path: Path) -> Pairs:
     Raises:
         InputError: with the number of the line that doesn't fit.
     """
-    content = Path(path).read_bytes()
+    with readers.reading(path):
+        content = Path(path).read_bytes()
     try:
         lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:

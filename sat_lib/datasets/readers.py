@@ -1,7 +1,7 @@
 """Readers of the corpora: official file formats go in, batches of tokens come out.
 
 Every reader is a generator of `Batch`es and holds one batch at a time, so that a corpus of any size passes through
-little memory. `find_*` says which files of a folder a reader needs. What cannot be read raises `InputError`
+little memory. `find_files` says which files of a folder a reader needs. What cannot be read raises `InputError`
 with the file, what was wanted, what came.
 """
 
@@ -46,10 +46,12 @@ def is_archive(path: Path) -> bool:
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turn every sign of a damaged file into an `InputError` that names it."""
+    """Turn every sign of a damaged file, and whatever the system has against reading it, into an `InputError`."""
     try:
         yield
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno:  # which damaged archives raise without
+            raise InputError(f"{path} can't be read: {error.strerror}. Mend that and run again") from error
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
             f"{path} could not be read to its end ({reason}). It is cut short, damaged or not what its name says: "
@@ -76,18 +78,19 @@ def find_files(folder: Path, subfolder: str, loader: str, archive: str) -> list[
         InputError: neither is there, or only some of the files are.
     """
     names, suffixes = _FILES[loader]
+    exists = lambda path: path.is_dir() if path.name == INATURALIST_IMAGES else path.is_file()
+    way_out = "Put the files there or name the folder they are in"
     wanted = ", ".join(names) + (f" (or with {' or '.join(suffixes[1:])} appended)" if suffixes[1:] else "")
     for base in (folder / subfolder, folder):
-        found = {name: [path for end in suffixes if (path := base / (name + end)).exists()] for name in names}
+        found = {name: [path for end in suffixes if exists(path := base / (name + end))] for name in names}
         if any(found.values()):
             missing = [name for name, paths in found.items() if not paths]
-            require(not missing, f"{base} lacks {', '.join(missing)}; wanted {wanted}")
+            require(not missing, f"{base} lacks {', '.join(missing)}; wanted {wanted}. {way_out}")
             return [paths[0] for paths in found.values()]
     if archive and (folder / archive).is_file():
         return [folder / archive]
     inside = f", there or in {subfolder}/" if subfolder else ""
     either = f", nor the archive {archive}" if archive else ""
-    way_out = "Put the files there or name the folder they are in"
     raise InputError(f"{folder} holds neither {wanted}{inside}{either}. {way_out}")
 
 
@@ -150,10 +153,14 @@ def _cifar10_batch(where: str, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray
         ) from error
     keys = {b"data", b"labels"}
     require(isinstance(batch, dict) and keys <= set(batch), f"{where}: wanted a dict with b'data' and b'labels'")
-    pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
-    good = pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,) and len(pixels)
-    wanted = "images as uint8 rows of 3 x 32 x 32 = 3072 bytes"
-    require(good, f"{where}: wanted {wanted}, got {pixels.dtype} {pixels.shape}")
+    pixels, array = batch[b"data"], isinstance(batch[b"data"], np.ndarray)
+    good = array and pixels.dtype == np.uint8 and pixels.shape[1:] == (3072,) and len(pixels)
+    got = f"{pixels.dtype} {pixels.shape}" if array else type(pixels).__name__
+    require(good, f"{where}: wanted images as uint8 rows of 3 x 32 x 32 = 3072 bytes, got {got}")
+    try:
+        labels = np.asarray(batch[b"labels"])
+    except ValueError as error:  # lists of several lengths
+        raise InputError(f"{where}: wanted labels 0..9, one an image ({error})") from error
     require(labels.shape == (len(pixels),), f"{where}: {len(pixels)} images but labels of shape {labels.shape}")
     good = np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0 and labels.max() <= 9
     require(good, f"{where}: wanted labels 0..9, got {np.unique(labels)[:20].tolist()}")

@@ -71,12 +71,16 @@ def _build(folder: Path, source: Path | None, fill: Callable[[Path, Path | None]
         meta = {"source": str(source) if source else None} | fill(building, source)
         meta["files"] = {path.name: _flushed(path) for path in sorted(building.iterdir())}
         files.write_json(building / "meta.json", meta)
-        if folder.exists():
+        earlier = folder.exists()
+        if earlier:
             folder.rename(retired)
-        building.rename(folder)
+        try:
+            building.rename(folder)
+        except OSError:
+            if earlier:
+                retired.rename(folder)
+            raise
     finally:
-        if retired.exists() and not folder.exists():
-            retired.rename(folder)
         for leftover in (building, retired):
             shutil.rmtree(leftover, ignore_errors=True)
     return meta
@@ -90,35 +94,44 @@ def _flushed(path: Path) -> dict:
     return {"bytes": stat.st_size, "sha256": files.file_digest(path), "mtime_ns": stat.st_mtime_ns}
 
 
-def verified(folder: Path, names: set[str], kind: dict, hashes: bool = True) -> dict:
+def verified(folder: Path, names: set[str], kind: dict, downloads: bool | None = True, hashes: bool = True) -> dict:
     """`meta.json` of a folder whose data files, `names`, are as they were written.
 
     Args:
         kind: what `meta.json` has to say besides.
+        downloads: whether the official files can be downloaded; None where the package makes the data itself.
         hashes: False to check the files' sizes alone.
 
     Raises:
-        InputError: it isn't there, is damaged or of another kind.
+        InputError: it isn't there, can't be read, is damaged or of another kind.
     """
-    command = f"`python -m sat_lib data prepare {folder.name}`"
-    hint = "(with `--source DIR` if its official files are there already or have no download)"
-    require(folder.exists(), f"{folder.name} is not prepared: there is no {folder}; run {command} first {hint}")
-    again = f"Delete the folder and run {command} again"
+    command = f"`python -m sat_lib data prepare {folder.name}{' --source DIR' if downloads is False else ''}`"
+    hint = " (with `--source DIR` if its official files are there already)" if downloads else ""
+    require(folder.exists(), f"{folder.name} is not prepared: there is no {folder}; run {command} first{hint}")
+    try:
+        return _verified(folder, names, kind, hashes, f"Delete the folder and run {command} again")
+    except OSError as error:
+        raise InputError(f"the cache {folder} can't be read: {error}. Mend that and run again") from error
+
+
+def _verified(folder: Path, names: set[str], kind: dict, hashes: bool, again: str) -> dict:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         differing = [f"{key} {meta[key]}, wanted {wanted}" for key, wanted in kind.items() if meta[key] != wanted]
         for name, part in meta["files"].items():
             if isinstance(part, str):  # folders of MRPC once had the SHA-256 alone
-                part = {"bytes": (folder / name).stat().st_size, "sha256": part, "mtime_ns": 0}
+                part = {"bytes": None, "sha256": part, "mtime_ns": None}
             meta["files"][name] = {key: part[key] for key in ("bytes", "sha256", "mtime_ns")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the cache {folder} has no usable meta.json ({error}). {again}") from error
     require(not differing, f"the cache {folder} is of another kind ({'; '.join(differing)}). {again}")
     whole = names == set(meta["files"]) and {"source", "verified"} <= set(meta)
     require(whole, f"the cache {folder} is damaged (meta.json names other files, or no source). {again}")
     for name, part in meta["files"].items():
-        path, size = folder / name, part["bytes"]
-        got = path.stat().st_size if path.is_file() else 0
+        path = folder / name
+        require(path.is_file(), f"the cache {folder} is damaged ({name} is gone). {again}")
+        got = path.stat().st_size
+        size = got if part["bytes"] is None else part["bytes"]
         require(got == size, f"the cache {folder} is damaged ({name}: wanted {size:,} bytes, got {got:,}). {again}")
         if hashes and (size <= HASHED_BYTES or path.stat().st_mtime_ns != part["mtime_ns"]):
             good = files.file_digest(path) == part["sha256"]

@@ -139,7 +139,7 @@ def coarsened(layout: BlockLayout, side: int) -> BlockLayout:
 def flex_on_blocks(layout: BlockLayout, side: int, length: int) -> Attention:
     """flex_attention on a layout (R, C) coarsened to `side`: compiled on a GPU, as it is on a CPU.
 
-    Every kept block is a full one, so no mask is computed within the blocks.
+    Where `side` divides the length every kept block is a full one, and no mask is computed within the blocks.
     """
     grid = coarsened(layout, side).grid
     kept = lambda batch, head, query, key: grid[query // side, key // side]

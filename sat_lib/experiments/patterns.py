@@ -49,12 +49,13 @@ def compare_snapshots(folder: Path, steps: tuple[int, ...], tokens: Tensor, dens
                 records += [place | record for record in compare(maps[example, head], choices)]
         shown[state["phase"]] = state | _shown(maps[0, 0], scores, in_use, block)
     numbers = pd.DataFrame(records).drop(columns="note").dropna(subset="density")  # of the patterns that there are
-    means = numbers.groupby([*place, "pattern"], sort=False).mean().round(6).reset_index().astype(object)
+    keys = ["step", "phase", "layer", "head", "asked_density", "pattern"]
+    means = numbers.groupby(keys, sort=False).mean().round(6).reset_index().astype(object)
     return {
         "block": block,
         "length": model.config.length,
         "examples": len(tokens),
-        "shown_layer": layer,
+        "shown_layer": model.config.layers - 1,
         "shown_head": 0,
         "comparison": means.where(means.notna(), None).to_dict("list"),
         "shown": list(shown.values()),

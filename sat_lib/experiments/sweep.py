@@ -26,6 +26,7 @@ from pathlib import Path
 import submitit
 import torch
 from submitit import helpers
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from .. import datasets, experiments
 from ..common import distributed, files
@@ -275,7 +276,7 @@ def _submit(jobs: list[Job]) -> list[submitit.Job]:
             return executor.submit_array(jobs)
     except (NameError, AssertionError, ValueError) as error:
         raise InputError(f"slurm: {str(error).partition(chr(10))[0]}; got {launch.slurm}") from error
-    except RuntimeError as error:
+    except (FailedJobError, FailedSubmissionError) as error:
         raise InputError(f"slurm: sbatch refused the jobs: {str(error).strip()}") from error
 
 
@@ -394,14 +395,19 @@ class _Sweep:
         if self.launch.cluster == "slurm":
             numbers = " ".join(sorted({handle.job_id.partition("_")[0] for handle in handles}))
             return f"the jobs go on under SLURM and the same command watches them again; to end them: scancel {numbers}"
-        for seconds in (TERMINAL_SECONDS, 10.0):
-            end = time.monotonic() + seconds
-            while time.monotonic() < end and any(map(_lives, handles)):
-                time.sleep(0.1)
-            for handle in filter(_lives, handles):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(handle.job_id), signal.SIGINT)  # to the process that started those of the job
+        _wait_for(handles, TERMINAL_SECONDS)
+        for handle in filter(_lives, handles):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(handle.job_id), signal.SIGINT)  # to the process that started those of the job
+        _wait_for(handles, 10.0)
         return "stopped, with the jobs on this machine; the same command goes on from their last checkpoints"
+
+
+def _wait_for(handles: Iterable[submitit.Job], seconds: float) -> None:
+    """Until no job lives, at most so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(map(_lives, handles)):
+        time.sleep(0.1)
 
 
 def _why(handle: submitit.Job) -> str:

@@ -143,8 +143,10 @@ def test_unknown_names(tmp_path):
 def test_not_prepared_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match=r"not prepared.*python -m sat_lib data prepare agnews"):
         datasets.load("agnews", tmp_path)
-    with pytest.raises(InputError, match=r"not prepared.*data prepare imdb.*--source DIR.*have no download"):
+    with pytest.raises(InputError, match=r"not prepared.*`python -m sat_lib data prepare imdb --source DIR` first$"):
         datasets.load("imdb", tmp_path)
+    with pytest.raises(InputError, match=r"not prepared.*`python -m sat_lib data prepare digits16` first$"):
+        datasets.provenance("digits16", tmp_path)
 
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
@@ -246,7 +248,9 @@ def test_pickles_cannot_run_code(tmp_path):
         ({b"data": np.zeros((4, 1024), np.uint8)}, r"3072 bytes, got uint8 \(4, 1024\)"),
         ({b"data": np.zeros((4, 3072))}, r"3072 bytes, got float64"),
         ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, r"3072 bytes, got uint8 \(0, 3072\)"),
-        ({b"data": b"no array"}, r"3072 bytes, got \|S8 \(\)"),
+        ({b"data": b"no array"}, r"3072 bytes, got bytes"),
+        ({b"data": [[1], [1, 2]]}, r"3072 bytes, got list"),
+        ({b"labels": [[1], [1, 2]]}, r"wanted labels 0..9, one an image"),
         ({b"labels": [0, 1, 2]}, r"4 images but labels of shape \(3,\)"),
         ({b"labels": [0, 1, 2, 10]}, r"wanted labels 0..9, got \[0, 1, 2, 10\]"),
         ({b"labels": [0, 1, 2, -1]}, r"wanted labels 0..9, got \[-1, 0, 1, 2\]"),
@@ -455,7 +459,10 @@ def _change(key: str, index: int, **values):
         (_change("images", 0, file_name="../x/Plantae/x.jpg"), r"wanted train_val2018/Plantae/<category>/<file>.jpg"),
         (lambda folder: cut(folder / "val2018.json"), r"val2018.json could not be read"),
         (lambda folder: (folder / "val2018.json").write_text("{}"), r"val2018.json: wanted .* missing 'categories'"),
-        (lambda folder: (folder / "val2018.json").unlink(), r"lacks val2018.json; wanted .*\(or with .tar.gz appended"),
+        (
+            lambda folder: (folder / "val2018.json").unlink(),
+            r"lacks val2018.json; wanted .*\.tar\.gz appended.*Put the",
+        ),
         (lambda folder: (folder / VAL_IMAGE).unlink(), r"Aves/1/val0.jpg is not a readable image .*No such file"),
         (lambda folder: cut(folder / VAL_IMAGE), r"Aves/1/val0.jpg is not a readable image"),
         (lambda folder: (folder / VAL_IMAGE).write_text("x"), r"Aves/1/val0.jpg is not a readable image"),
@@ -717,20 +724,57 @@ def test_full_disk_leaves_nothing_or_the_earlier_cache(tmp_path, monkeypatch, st
     assert leftovers(tmp_path) == ["digits16", "official"]
 
 
-def test_failed_swap_brings_the_earlier_cache_back(tmp_path):
-    folder = tmp_path / "cache"
+def test_failed_swap_brings_the_earlier_cache_back(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "cache", Path.rename
     folder.mkdir()
     (folder / "file").write_text("earlier")
 
     def fill(building, _):
         (building / "file").write_text("new")
-        (tmp_path / ".cache.retired").mkdir()  # nothing can take its name
-        (tmp_path / ".cache.retired" / "file").write_text("in the way")
         return {}
 
+    def refuse(path, target):
+        if path.name == ".cache.building":
+            assert not folder.exists()  # it has made room by now
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(InputError, match=r"cache of cache .*The earlier cache is unchanged"):
         store.prepared(folder, None, lambda: None, fill)
-    assert (folder / "file").read_text() == "earlier"
+    assert (folder / "file").read_text() == "earlier" and leftovers(tmp_path) == ["cache"]
+
+
+def test_what_a_killed_process_left_never_becomes_the_cache(tmp_path, monkeypatch):
+    (tmp_path / ".cache.retired").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # as where it may not be deleted
+    with pytest.raises(InputError, match=r"No space left.*Nothing was left behind"):
+        store.prepared(tmp_path / "cache", None, lambda: None, _no_space)
+    assert not (tmp_path / "cache").exists()
+
+
+def _no_permission(path, *_):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_what_may_not_be_read_is_not_called_damaged(imdb, tmp_path, monkeypatch):
+    with monkeypatch.context() as closed:
+        closed.setattr(files, "file_digest", _no_permission)
+        with pytest.raises(
+            InputError, match=r"cache .*imdb can't be read: .*Permission denied.* Mend that and run again$"
+        ):
+            datasets.load("imdb", tmp_path)
+        with pytest.raises(InputError, match=r"train.csv can't be read: Permission denied. Mend that and run again$"):
+            datasets.prepare("imdb", tmp_path / "other", write_reviews(tmp_path / "official2"), progress=False)
+    datasets.load("imdb", tmp_path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    official = write_reviews(tmp_path / "official")
+    (official / "train.csv").rename(official / "packed")
+    (official / "train.csv.gz").write_bytes(gzip.compress((official / "packed").read_bytes()))
+    (official / "train.csv").mkdir()  # as some unpackers make it
+    datasets.prepare("imdb", tmp_path, official, progress=False)
 
 
 def test_root_that_cannot_hold_a_cache(tmp_path):
@@ -764,6 +808,13 @@ def test_describe(imdb, tmp_path):
     }  # fmt: skip
     assert rows["digits"]["state"] == "embedded" and rows["yelp"]["state"] == "not prepared"
     assert rows["yelp"]["splits"] == {"train": 560_000, "test": 38_000}
+
+
+@pytest.mark.parametrize("splits", [None, [], {"train": 40}])
+def test_describe_calls_a_cache_damaged_that_says_nothing_of_its_splits(imdb, tmp_path, splits):
+    meta = json.loads((imdb / "meta.json").read_text()) | {"splits": splits}
+    files.write_json(imdb / "meta.json", meta)
+    assert {row["name"]: row["state"] for row in datasets.describe(tmp_path)}["imdb"] == "damaged"
 
 
 def test_sources_that_do_not_apply(tmp_path):

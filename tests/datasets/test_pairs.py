@@ -6,6 +6,7 @@ import http.server
 import json
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,7 +145,9 @@ def test_cut_or_missing_source(source, tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"source has no msr_paraphrase_train.txt. Put it there \(http"):
         prepare_mrpc(source, root)
-    with pytest.raises(InputError, match=r"nowhere is not a folder; name the one that holds the official files"):
+    with pytest.raises(
+        InputError, match=r"nowhere is not a folder; name the one that holds msr_paraphrase_test.txt and"
+    ):
         prepare_mrpc(tmp_path / "nowhere", root)
     assert left(root) == [] and not is_ready("mrpc", root)
 
@@ -171,6 +174,25 @@ def test_damaged_or_missing_file_is_noticed(source, tmp_path, name):
     assert not is_ready("mrpc", root) and default_pairs(root) == "docstrings"
     with pytest.raises(InputError, match=rf"cache .*{name}.*Delete .*data prepare mrpc"):
         load_pairs("mrpc", root=root)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(source, tmp_path, monkeypatch):
+    def no_permission(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as closed:
+        closed.setattr(Path, "read_bytes", no_permission)
+        with pytest.raises(
+            InputError, match=r"paraphrase_train.txt can't be read: Permission denied. Mend that and run"
+        ):
+            prepare_mrpc(source, tmp_path)
+    prepare_mrpc(source, tmp_path)
+    monkeypatch.setattr(files, "file_digest", no_permission)
+    for use in (functools.partial(load_pairs, "mrpc"), prepare_mrpc):
+        with pytest.raises(
+            InputError, match=r"cache .*mrpc can't be read: .*Permission denied.* Mend that and run again$"
+        ):
+            use(root=tmp_path)
 
 
 def test_folder_whose_meta_has_the_digests_alone(source, tmp_path):
