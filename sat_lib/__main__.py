@@ -260,6 +260,9 @@ def _reproduce(options) -> int:
             quote(files.ROOT / name, files.ROOT)
     if options.record and status == 0:
         summary = json.loads((files.ROOT / "figures" / profile / "summary.json").read_text())
+        absent = [row["stage"] for row in summary["stages"] if row["written"].startswith("nothing")]
+        way_out = "Run the same command without naming stages"
+        require(not absent, f"record: wanted the times of all stages; got none of {', '.join(absent)}. {way_out}")
         files.append_row(files.ROOT / "data" / "results" / f"{profile}.jsonl", summary)
     return status
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_splits
 
-from sat_lib import datasets, experiments, figures
+from sat_lib import datasets, experiments, figures, reproduce
 from sat_lib.__main__ import main
 from sat_lib.common import files
 from sat_lib.figures import speed
@@ -51,6 +51,19 @@ def test_bad_input_ends_with_status_2_and_a_message(command, message, capsys, tm
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_times_are_recorded_of_all_stages_or_not_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: 0)
+    rows, recorded = tmp_path / "data/results/smoke.jsonl", lambda: files.read_rows(rows)
+    stages = [{"stage": "01_one", "written": "one.pdf"}, {"stage": "02_two", "written": "nothing (never run)"}]
+    files.write_json(tmp_path / "figures/smoke/summary.json", {"stages": stages})
+    assert main(["reproduce", "01", "--record"]) == 2
+    assert "record: wanted the times of all stages; got none of 02_two. Run" in capsys.readouterr().err
+    assert recorded() == []
+    files.write_json(tmp_path / "figures/smoke/summary.json", {"stages": stages[:1]})
+    assert main(["reproduce", "--record"]) == 0 and recorded() == [{"stages": stages[:1]}]
 
 
 def test_an_installed_package_works_in_the_present_folder_and_says_what_wants_the_checkout(tmp_path):
