@@ -152,10 +152,11 @@ def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = STEP_TASKS) -> pd.Da
 
 
 def _published_over_sat(row: pd.Series, task: str) -> float:
-    """The published ratio for what a row timed; NaN where there is none: of SAT's dense phase, of a changed model."""
+    """The published ratio for what a row timed; NaN for other tasks, SAT's dense phase and a changed model."""
     told = (row["attention"] != "sat" or row["phase"] == "sparse") and not row["model"]
     step_ms = published_value("step_ms")
-    return step_ms.get(row["attention"], {}).get(task, np.nan) / step_ms["sat"][task] if told else np.nan
+    ours, sat = (step_ms.get(attention, {}).get(task, np.nan) for attention in (row["attention"], "sat"))
+    return ours / sat if told else np.nan
 
 
 OPERATIONS = {"QK^T": ("gemm_qk", "sddmm"), "softmax": ("softmax", "sparse_softmax"), "AV": ("gemm_av", "spmm")}

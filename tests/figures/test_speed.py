@@ -35,6 +35,7 @@ def test_a_step_is_set_beside_sats_of_the_same_kind():
     told = {"sat, sparse phase": "1.00", "sat, dense phase": "-", "bigbird, library": "2.48", "sat, best": "-"}
     assert {label: table["AG News published"][label] for label in told} == told
     assert list(speed.step_table(rows, ("cifar10",))["CIFAR-10 ms"]) == ["-"] * 6
+    assert list(speed.step_table(rows, ("imdb",))["IMDB published"]) == ["-"] * 6
 
 
 def test_a_row_of_the_figure_of_steps_holds_the_ways_of_computing_one_attention():
