@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,13 @@ def new(width: float, height: float, rows: int = 1, columns: int = 1, **settings
     style()
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+def new_halves(height: float, heights: Sequence[float]) -> tuple[Figure, np.ndarray]:
+    """A figure of the page's width, and its upper and lower subfigure, which have `heights` to each other."""
+    style()
+    figure = Figure(figsize=(PAGE, height), layout="constrained")
+    return figure, figure.subfigures(2, 1, height_ratios=heights)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from . import PAGE, PALETTE, style
+from . import PALETTE, new_halves
 from .ablations import CENTRES, summary, switches
-from .labels import above, at_ends, list_downward, two_errors
+from .labels import above, at_ends, list_downward, places_downward, two_errors
 from .published import task_name
 
 # What a layout comes from, told by its name or the first word of it, and its colour.
@@ -64,9 +64,7 @@ def ablations(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     drawn = summary(rows)
     layouts = drawn[drawn["group"] == "layout"]
     heights = [1.2 + 0.145 * (layouts["value"].nunique() + len(KINDS)), 2.3]
-    style()
-    figure = Figure(figsize=(PAGE, sum(heights) + 0.3), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    figure, (upper, lower) = new_halves(sum(heights) + 0.3, heights)
     _draw_layouts(upper, drawn)
     _draw_switches(lower, drawn)
     return figure, drawn
@@ -122,14 +120,9 @@ def _layout_places(layouts: pd.DataFrame) -> tuple[dict[str, float], dict[str, t
     """
     lines = layouts.drop_duplicates("value").sort_values("percent", ascending=False)
     kinds = lines["value"].map(kind_of)
-    places, headings, row = {}, {}, 0
-    for kind in lines.groupby(kinds)["percent"].mean().sort_values(ascending=False).index:
-        headings[kind] = (row, KINDS[kind][1])
-        for value in lines.loc[kinds == kind, "value"]:
-            row += 1
-            places[layout_words(value)] = row
-        row += 1.4
-    return places, headings
+    ranked = lines.groupby(kinds)["percent"].mean().sort_values(ascending=False).index
+    groups = [(kind, KINDS[kind][1], lines.loc[kinds == kind, "value"].map(layout_words)) for kind in ranked]
+    return places_downward(groups, apart=1.4)
 
 
 # ---- when to switch --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from matplotlib.typing import ColorType
 from . import PAGE, new
 from .ablations import CENTRES, number_text
 from .judge import gap
-from .labels import list_downward
+from .labels import list_downward, places_downward
 from .published import task_name
 
 FROM_BASE = {  # what is changed of the base, and what a value of it is called
@@ -90,15 +90,12 @@ def changes(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 def _places(drawn: pd.DataFrame) -> tuple[dict[str, float], dict[str, tuple[float, ColorType]]]:
     """Rows of the changes, in words, and of the headings; the first task in which a change was made gives its place."""
-    places, headings, row = {}, {}, 0
     ordered = drawn.drop_duplicates(["group", "value"]).sort_values("difference", ascending=False)
-    for name, part in ordered.groupby("of"):
-        headings[HEADINGS[name]] = (row, CENTRES[name].colour)
-        for words in dict.fromkeys(map(change_words, part["group"], part["value"])):
-            row += 1
-            places[words] = row
-        row += 1.6
-    return places, headings
+    groups = [
+        (HEADINGS[name], CENTRES[name].colour, dict.fromkeys(map(change_words, part["group"], part["value"])))
+        for name, part in ordered.groupby("of")
+    ]
+    return places_downward(groups, apart=1.6)
 
 
 def _draw_differences(axis: Axes, lines: pd.DataFrame, places: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from ..datasets.tasks import task
 from ..training.recipe import PUBLISHED
 from . import training
 from .judge import WHOLE, Ratio, bench, time_ratio
-from .speed import OPERATIONS, step_labels
+from .speed import OPERATIONS, beside_sat, step_labels
 
 SOURCES = ("accuracy", "accuracy_short", "training", "step", "kernels", "data_parallel", "motivation", "finetuning",
            "pretrained_step", "patterns")  # fmt: skip
@@ -130,17 +130,17 @@ def rows_of(frames: Frames, *experiments: str) -> pd.DataFrame:
 
 
 def step_pairs(frames: Frames) -> list[tuple[pd.Series, pd.Series]]:
-    """Rows of steps, each with SAT's of its task, both fast or both plain: else the ratio would be that of the ways.
+    """Rows of steps, each with SAT's, see `speed.beside_sat`.
 
     Their `name` says what was timed, such as "sat, dense phase" or "bigbird, kernel". Steps without such a row of SAT's
     sparse phase, or without a time, are left out.
     """
-    steps, way = frames["step"], ["task", "step_kind"]
+    steps = frames["step"]
     if not len(steps):
         return []
     steps = steps.assign(name=step_labels(steps)).dropna(subset="median_ms")
-    sat = {tuple(row[way]): row for _, row in where(steps, phase="sparse", preset="released").iterrows()}
-    return [(row, sat[tuple(row[way])]) for _, row in steps.iterrows() if tuple(row[way]) in sat]
+    pairs = zip(steps.iterrows(), beside_sat(steps).iterrows(), strict=True)
+    return [(row, sat) for (_, row), (_, sat) in pairs if not pd.isna(sat["median_ms"])]
 
 
 def step_ratios(frames: Frames, name: str) -> dict[str, Ratio]:

@@ -43,6 +43,25 @@ def log_ticks(axis: Axes, values: Iterable[float]) -> None:
     axis.xaxis.minorticks_off()
 
 
+def places_downward(
+    groups: Iterable[tuple[str, ColorType, Iterable[str]]], apart: float
+) -> tuple[dict[str, float], dict[str, tuple[float, ColorType]]]:
+    """Rows of a panel from 0 downward, as `list_downward` takes them.
+
+    Args:
+        groups: heading, its colour, and what stands below it. apart: rows from the last one of a group to the next
+            heading.
+    """
+    places, headings, row = {}, {}, 0.0
+    for heading, colour, texts in groups:
+        headings[heading] = (row, colour)
+        for text in texts:
+            row += 1
+            places[text] = row
+        row += apart
+    return places, headings
+
+
 def list_downward(axis: Axes, places: dict[str, float], headings: dict[str, tuple[float, ColorType]]) -> None:
     """Name the rows of a panel, from 0 downward, at its left; headings (row, colour) are bold."""
     labels = {**places, **{text: row for text, (row, _) in headings.items()}}

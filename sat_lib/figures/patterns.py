@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..attention.patterns import generate_layout
-from . import PAGE, PALETTE, new, style
+from . import PAGE, PALETTE, new, new_halves
 from .labels import log_ticks
 
 COLOURS = {
@@ -125,9 +125,7 @@ def patterns(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """
     run = rows.iloc[0]
     drawn, shown = pd.DataFrame(run["comparison"]), run["shown"]
-    style()
-    figure = Figure(figsize=(PAGE, 1.95 + 1.85 * len(shown)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.85 * len(shown), 1.95])
+    figure, (above, below) = new_halves(1.95 + 1.85 * len(shown), (1.85 * len(shown), 1.95))
     axes = above.subplots(len(shown), 4, squeeze=False)
     for line, moment in zip(axes, shown, strict=True):
         for axis, picture in zip(line, row_pictures(run, moment), strict=True):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..attention.statistics import pool_blocks
-from . import PAGE, PALETTE, document_table, new, style
+from . import PALETTE, document_table, new, new_halves
 from .labels import at_ends, log_ticks
 from .speed import attention_label
 
@@ -49,9 +49,7 @@ def motivation(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Takes the first row of each kind, "image" and "text".
     """
     chosen = rows.drop_duplicates("kind").sort_values("kind")  # image, then text
-    style()
-    figure = Figure(figsize=(PAGE, 2.1 + 1.75 * len(chosen)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.05, 1.75 * len(chosen)])
+    figure, (above, below) = new_halves(2.1 + 1.75 * len(chosen), (2.05, 1.75 * len(chosen)))
     maps, panels = above.subplots(1, 4, squeeze=False), below.subplots(len(chosen), 4, squeeze=False)
     lines = metrics(chosen)
     for place, (_, row) in enumerate(chosen.iterrows()):

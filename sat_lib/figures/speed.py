@@ -125,12 +125,17 @@ def _step_values(axis: Axes, part: pd.DataFrame, name: str, places: list[str]) -
                 axis.annotate(text, (value, places.index(label)), (0, 4), textcoords="offset points", ha="center")
 
 
-def over_sat(rows: pd.DataFrame) -> pd.Series:
-    """Each step's time over that of SAT's sparse phase, of the same task and the same way: fast or plain."""
+def beside_sat(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each row of steps that of SAT's sparse phase of the same task, both fast or both plain: else the ratio would
+    be that of the ways. NaN where there is none."""
     sparse = rows[(rows["phase"] == "sparse") & (rows["preset"] == "released")]
-    base = sparse.set_index(["task", "step_kind"])["median_ms"]
     places = pd.MultiIndex.from_frame(rows[["task", "step_kind"]])
-    return rows["median_ms"].astype(float) / base.reindex(places).set_axis(rows.index).astype(float)
+    return sparse.set_index(["task", "step_kind"], drop=False).reindex(places).set_axis(rows.index)
+
+
+def over_sat(rows: pd.DataFrame) -> pd.Series:
+    """Each step's time over that of SAT's, see `beside_sat`."""
+    return rows["median_ms"].astype(float) / beside_sat(rows)["median_ms"].astype(float)
 
 
 def step_table(rows: pd.DataFrame, tasks: tuple[str, ...] = STEP_TASKS) -> pd.DataFrame:

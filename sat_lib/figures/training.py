@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import COLUMN, PAGE, PALETTE, document_table, new, style
+from . import COLUMN, PAGE, PALETTE, document_table, new, new_halves
 from .labels import list_downward
 from .published import attention_name, published_value, task_name
 
@@ -111,9 +111,7 @@ def training(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     run = rows.iloc[0]
     history, maps = pd.DataFrame(run["history"]), run["maps"]
     layers = len(maps["start"])
-    style()
-    figure = Figure(figsize=(PAGE, 1.9 + 1.35 * layers), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1.35 * layers])
+    figure, (above, below) = new_halves(1.9 + 1.35 * layers, (1.7, 1.35 * layers))
     _curves(above.subplots(1, 3), history, run["transition_step"])
     _maps(below.subplots(layers, 4, squeeze=False), maps)
     drawn = history.explode(["skewness", "distance", "change_percent"])
