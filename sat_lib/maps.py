@@ -271,9 +271,8 @@ def stride_peak(profile: Tensor, most: int | None = None) -> tuple[int, float]:
     Returns:
         The lag and the correlation there; 0 and 0.0 where there is no peak above 0, or nothing but the parabola.
     """
-    half = (
-        profile[: len(profile) // 2].clamp(min=1e-12).log().detach().cpu().numpy()
-    )  # further out few entries are left
+    half = profile[: len(profile) // 2]  # further out few entries are left
+    half = half.clamp(min=1e-12).log().detach().cpu().numpy()
     most = min(len(profile) // 4 if most is None else most, len(half) - 2)
     place = np.arange(len(half))
     rest = torch.from_numpy(half - Polynomial.fit(place, half, 2)(place))
